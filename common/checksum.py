@@ -1,0 +1,42 @@
+"""Checksums: XXH3, 64 bits.  The only importer of xxhash.
+
+A *block sum* is the XXH3-64 of a block's content extended with zeros to the full block size, so
+it does not change when a file grows behind it.  0 is reserved for "no such block": a sum that
+comes out as 0 is stored as 1.  XXH3 finds damage; it is no defence against an adversary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xxhash
+
+__all__ = ["ABSENT", "Buffer", "block_sum", "digest"]
+
+Buffer = bytes | bytearray | memoryview
+
+ABSENT = 0
+"""The sum of a block that was never written: it reads as zeros."""
+
+_ZEROS = memoryview(bytes(1 << 20))
+
+
+def digest(data: Buffer) -> int:
+    """Return the XXH3-64 of *data*."""
+    return int(xxhash.xxh3_64_intdigest(data))
+
+
+def block_sum(pieces: Iterable[Buffer], block_size: int) -> int:
+    """Return the block sum of consecutive *pieces*, together at most *block_size* bytes.
+
+    Never returns ABSENT.
+    """
+    state = xxhash.xxh3_64()
+    length = 0
+    for piece in pieces:
+        state.update(piece)
+        length += len(piece)
+    assert length <= block_size
+    if length < block_size:
+        state.update(_ZEROS[: block_size - length])
+    return int(state.intdigest()) or 1
