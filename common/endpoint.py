@@ -232,7 +232,7 @@ async def dial(
     Returns a Connection that the caller must `run`.  Raises KaError UNREACHABLE, TIMEOUT, AUTH,
     WRONG_CLUSTER, WRONG_VERSION or PROTOCOL.
     """
-    where = path if path and os.path.exists(path) else address
+    where = path if path and _exists(path) else address
     sock: socket.socket | None = None
     try:
         with trio.fail_after(timeout):
@@ -248,6 +248,10 @@ async def dial(
     except BaseException:
         _close(sock)
         raise
+
+
+def _exists(path: str) -> bool:
+    return os.path.exists(path)
 
 
 def _close(sock: socket.socket | None) -> None:
