@@ -43,7 +43,7 @@ class SessionResume(NamedTuple):
 
     session: int
     opens: list[Any]
-    """[ino, writable] pairs."""
+    """[ino, count, writable] each."""
 
 
 @MDS.message(3)
@@ -53,7 +53,7 @@ class SessionRenew(NamedTuple):
 
 @MDS.message(4)
 class SessionClose(NamedTuple):
-    """End the session: all its files are closed -> `Done`."""
+    """End the session: all its files are closed A NOTIFY: no answer."""
 
 
 @MDS.message(5)
@@ -157,7 +157,7 @@ class StatFsReply(NamedTuple):
 class Open(NamedTuple):
     """Note that the session has the inode open -> `InodeReply`.
 
-    Repeating it is harmless: opens are a set with a `writable` mark, not a count.
+    Opens are counted by session; `Close` says how many have ended.
     """
 
     ino: int
@@ -166,9 +166,10 @@ class Open(NamedTuple):
 
 @MDS.message(31)
 class Close(NamedTuple):
-    """The session's last handle on the inode is closed -> `Done`."""
+    """A NOTIFY without answer: so many of the session's opens of the inode have ended."""
 
     ino: int
+    open_count: int
 
 
 # ---------------------------------------------------------------- mutations
@@ -351,7 +352,7 @@ class RecordsReply(NamedTuple):
 
 @MDS.message(65)
 class SnapshotClose(NamedTuple):
-    """-> `Done`."""
+    """A NOTIFY: no answer."""
 
 
 @MDS.message(66)
