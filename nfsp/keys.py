@@ -8,12 +8,14 @@ queue is one range.  docs/on-disk-format.md#keys is this table in words.
     c <parent> <cookie>      the same entry in readdir order: [name, ino, kind]
     x <ino> <name>           extended attribute: the value's bytes
     o <ino>                  unlinked but still open: []
-    p <ino>                  purge queue: [layout, size] of a deleted file whose chunks remain
+    p <ino>                  purge queue: [layout, size] of a deleted file whose chunks remain;
+                             the size is 2^63 - 1 when chunks may reach beyond the recorded one
     t <ino>                  trim queue: [layout, size]: chunks behind size are to be dropped
     s <session>              client session
-    r <session> <slot>       last mutation of a slot and its answer
-    w <session> <ino>        opened for writing: chunks may reach beyond the recorded size
-    m <name>                 superblock, cluster map, counters
+    r <session> <slot>       last mutation of a slot: [sequence, answer, error number, error line]
+    w <session> <ino>        opened for writing: []: chunks may reach beyond the recorded size;
+                             session 0: left by an expired session while others wrote on
+    m <name>                 superblock, cluster map, counters (the next number: an integer)
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ __all__ = [
     "Iod",
     "IodId",
     "Layout",
+    "Remains",
     "SessionId",
     "Superblock",
     "shard_of",
@@ -96,6 +97,8 @@ class Inode(NamedTuple):
     """Directories only: the readdir cookie the next entry gets."""
     target: bytes
     """Symbolic links only."""
+    xattr_count: int = 0
+    """How many extended attributes are stored: 0 spares everyone the search for them."""
 
     @property
     def is_dir(self) -> bool:
@@ -117,6 +120,23 @@ class Inode(NamedTuple):
         if fields[13] is not None:
             fields[13] = _layout(fields[13])
         return cls(*fields[1:])
+
+
+class Remains(NamedTuple):
+    """What a purge or trim record says of the chunks that are to go."""
+
+    layout: Layout
+    size: int
+    """Purge: no chunk holds bytes at or behind it.  Trim: all bytes at or behind it go."""
+
+    def encode(self) -> bytes:
+        return codec.encode(self)
+
+    @classmethod
+    def decode(cls, data: bytes) -> Remains:
+        """Return what a record says; raises KaError ENGINE_DAMAGED."""
+        layout, size = _fields(data, 2, "chunk queue")
+        return cls(_layout(layout), size)
 
 
 class Dentry(NamedTuple):
