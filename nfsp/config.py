@@ -60,9 +60,9 @@ class MdsConfig:
     session_ttl_s: float = 60.0
     """A mount that is silent this long has lost its session."""
     journal_size: Size = 32 << 20
-    """Of each of the two journal files: bounds replay at start-up."""
-    overlay_size: Size = 64 << 20
-    """Changes held in memory until the next checkpoint: the mds's cache, and its bound."""
+    """Of each of the two journal files: bounds replay at start-up; read by mkfs."""
+    cache_entries: int = 200_000
+    """Changed records held in memory until a checkpoint has written them: the mds's memory."""
 
 
 @dataclass(frozen=True, slots=True)

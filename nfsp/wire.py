@@ -53,7 +53,7 @@ class SessionRenew(NamedTuple):
 
 @MDS.message(4)
 class SessionClose(NamedTuple):
-    """End the session: all its files are closed A NOTIFY: no answer."""
+    """End the session: all its files are closed -> `Done`."""
 
 
 @MDS.message(5)
@@ -352,7 +352,7 @@ class RecordsReply(NamedTuple):
 
 @MDS.message(65)
 class SnapshotClose(NamedTuple):
-    """A NOTIFY: no answer."""
+    """-> `Done`."""
 
 
 @MDS.message(66)
@@ -482,16 +482,21 @@ class ListChunksReply(NamedTuple):
 
 @IOD.message(11)
 class Extents(NamedTuple):
-    """Which blocks of a chunk file are present -> `ExtentsReply`."""
+    """Which blocks of a chunk file are present, from `row` on -> `ExtentsReply`."""
 
     ino: int
     column: int
+    chunk_size: int
+    row: int
+    row_count_max: int
 
 
 @IOD.message(12)
 class ExtentsReply(NamedTuple):
     extents: list[Any]
     """[row, offset, length] each, in order, of present blocks."""
+    next_row: int
+    """Where to go on; -1: that was all."""
 
 
 @IOD.message(13)
@@ -535,3 +540,4 @@ class IodStatus(NamedTuple):
 @IOD.message(19)
 class IodStatusReply(NamedTuple):
     status: bytes
+    """A msgpack map of names and numbers; docs/operations.md#status names them."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -30,6 +30,7 @@ from nfsp.client.files import DirtyLimit, Handle, OpenFile, lost_error
 from nfsp.client.iod_client import IodClient
 from nfsp.client.mds_client import MdsClient
 from nfsp.config import ClusterConfig, MountConfig
+from nfsp.iod_links import for_each
 from nfsp.model import Inode
 
 __all__ = ["DirEntry", "Volume"]
@@ -258,7 +259,7 @@ class Volume:
         for iod, column in unsynced:
             by_iod.setdefault(iod, []).append([file.ino, column])
         try:
-            await self._for_each(
+            await for_each(
                 [
                     partial(self.iods.request, iod, wire.SyncChunks(files), wire.IodDone)
                     for iod, files in by_iod.items()
@@ -346,20 +347,3 @@ class Volume:
             if file.unreported:
                 file.unreported = False
                 file.fail(lost_error())
-
-    async def _for_each(self, calls: Sequence[Callable[[], Awaitable[object]]]) -> None:
-        """Await all calls together; raise the first KaError when all have ended."""
-        error: KaError | None = None
-
-        async def one(call: Callable[[], Awaitable[object]]) -> None:
-            nonlocal error
-            try:
-                await call()
-            except KaError as failed:
-                error = failed
-
-        async with trio.open_nursery() as nursery:
-            for call in calls:
-                nursery.start_soon(one, call)
-        if error is not None:
-            raise error
