@@ -31,9 +31,10 @@ from nfsp.mds import attributes, namespace, rename, sessions, xattrs
 from nfsp.mds.engine import Engine, Snapshot
 from nfsp.mds.opentable import ClientSession, OpenTable
 from nfsp.mds.placement import Placement
+from nfsp.mds.queues import wait_trim
 from nfsp.mds.upkeep import Upkeep
 from nfsp.mds.view import Context, Effect, Opened, Outcome, TrimReady, View, integer
-from nfsp.model import ClusterMap, Superblock
+from nfsp.model import ClusterMap, Inode, Superblock
 
 __all__ = ["MdsServer"]
 
@@ -89,6 +90,8 @@ class MdsServer:
         self._placement = Placement(Superblock.decode(record).layout, cluster_map)
         self._table = OpenTable()
         self._sequence = 0
+        self._connections: dict[int, Connection] = {}
+        """By session: the connection that speaks for it."""
         self._snapshots: dict[Connection, Snapshot] = {}
         self._started_at = time.time()
         self._special: dict[type, Callable[[Connection, Any], Reply | Awaitable[Reply | None]]] = {
@@ -126,7 +129,8 @@ class MdsServer:
         if kind in MUTATIONS:
             return self._mutate(self._session_of(connection), message)
         if kind is wire.Close:
-            return self._close(self._session_of(connection), message)
+            self._close(self._session_of(connection), message)
+            return None
         special = self._special.get(kind)
         if special is None:
             raise KaError(Code.PROTOCOL, f"{kind.__name__} is not a request")
@@ -187,10 +191,10 @@ class MdsServer:
         _repeats.inc()
         effects: tuple[Effect, ...] = ()
         if type(message) is wire.Create and message.open:
-            inode = namespace.Inode.decode(wire.MDS.decode(answer).inode)
+            inode = Inode.decode(wire.MDS.decode(answer).inode)
             effects = (Opened(inode.ino, True),)
         elif type(message) is wire.SetAttr:
-            effects = attributes.wait_trim(self._engine, message.ino)
+            effects = wait_trim(self._engine, message.ino)
         durable = session.durable or (type(message) is wire.Wrote and message.durable)
         return self._settle(session, effects, answer, self._sequence if durable else 0)
 
@@ -264,7 +268,7 @@ class MdsServer:
             number, m.host, m.pid, m.mountpoint, m.durable, trio.current_time(), True
         )
         self._table.add(session)
-        connection.state = session
+        self._bind(connection, session)
         _log.info("session.opened", session=number, host=m.host, mountpoint=m.mountpoint)
         return self._welcome(session)
 
@@ -274,13 +278,21 @@ class MdsServer:
             raise KaError(Code.SESSION_UNKNOWN, "this session has expired")
         closed = self._table.resume(session, _opens(m.opens))
         session.seen_at = trio.current_time()
-        connection.state = session
+        self._bind(connection, session)
         for ino in closed:
             self._forget_open(session, ino)
         if self._table.complete:
             self._sweep_orphans()
         _log.info("session.resumed", session=m.session, host=session.host, opens=len(m.opens))
         return self._welcome(session)
+
+    def _bind(self, connection: Connection, session: ClientSession) -> None:
+        """Let a connection, and no other, speak for a session."""
+        before = self._connections.get(session.session)
+        if before is not None and before is not connection:
+            before.close("another connection took over the session")
+        connection.state = session
+        self._connections[session.session] = connection
 
     def _forget_open(self, session: ClientSession, ino: int) -> None:
         message = wire.Close(ino, 1)
@@ -295,7 +307,7 @@ class MdsServer:
 
     async def _session_close(self, connection: Connection, m: wire.SessionClose) -> Reply:
         session = self._session_of(connection)
-        connection.state = None
+        del self._connections[session.session]
         await self._end(session)
         _log.info("session.closed", session=session.session, host=session.host)
         return _DONE
@@ -328,6 +340,9 @@ class MdsServer:
         if self._table.sessions.get(session.session) is not session:
             return
         self._table.remove(session)
+        connection = self._connections.pop(session.session, None)
+        if connection is not None:
+            connection.close("the session has expired")
         done = False
         while not done:
             context = self._context(session.session)
