@@ -171,7 +171,7 @@ class LmdbEngine:
             raise self._write_failure(error) from error
         self._sequence = sequence
         self._epoch = epoch
-        self._overlay.update(batch.items())
+        self._overlay.update(batch)
         if self._is_idle or self._is_due():
             self._wake.set()
         return sequence
@@ -250,10 +250,10 @@ class LmdbEngine:
         for number, records in enumerate(replayed):
             if number > 0:
                 self._put_aside()
-            for record in records:
-                self._overlay.update(record.changes)
-                self._sequence = record.sequence
-                self._epoch = record.epoch
+            self._overlay = Overlay.from_batches(record.batch for record in records)
+            if records:
+                self._sequence = records[-1].sequence
+                self._epoch = records[-1].epoch
 
     def _put_aside(self) -> None:
         state = StoreState(self._state.store, self._sequence, self._epoch)

@@ -69,7 +69,7 @@ def sequences(found: RecoveryPlan) -> list[list[int]]:
 def test_records_read_back_as_written(written: list[Batch], epoch: int) -> None:
     image = Image(0, 1, 7).append(*written, epoch=epoch)
     records, end = journal.read_records(bytes(image.data), tag=image.tag, first_sequence=7)
-    assert [dict(record.changes) for record in records] == written
+    assert [record.batch for record in records] == written
     assert [record.sequence for record in records] == list(range(7, 7 + len(written)))
     assert all(record.epoch == epoch for record in records)
     assert end == image.offset
