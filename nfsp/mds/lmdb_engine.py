@@ -23,35 +23,22 @@ On-disk format and crash points: docs/_metadata_store.md.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from common.errors import Code, KaError, from_errno
+from common.errors import Code, KaError
 from nfsp.mds.engine import Batch, Statistics, TaskStatus, require_epoch
 from nfsp.mds.group_sync import GroupSync
 from nfsp.mds.journal import Record
-from nfsp.mds.journal_files import create_segments, open_journal
 from nfsp.mds.lmdb_config import LmdbConfig
-from nfsp.mds.lmdb_store import (
-    DATA_NAME,
-    LmdbStore,
-    MapFull,
-    Snapshot,
-    StoreState,
-    lock_directory,
-    not_formatted,
-    sync_directory,
-)
+from nfsp.mds.lmdb_store import MapFull, Snapshot, StoreState
 from nfsp.mds.overlay import Overlay, Pair, merge_scan
+from nfsp.mds.store_directory import StoreDirectory, open_directory
 
 __all__ = ["LmdbEngine"]
-
-_STORE_ID_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +52,17 @@ class _Frozen:
 class LmdbEngine:
     """An `Engine` on a local directory.  Make one with `create` or `open`."""
 
-    def __init__(
-        self, directory: Path, config: LmdbConfig, lock: int, store: LmdbStore, state: StoreState
-    ) -> None:
+    def __init__(self, directory: StoreDirectory, config: LmdbConfig) -> None:
         self._directory = directory
         self._config = config
-        self._lock = lock
-        self._store = store
-        self._state = state
+        self._store = directory.store
+        self._state = directory.state
+        self._journal = directory.journal
         self._overlay = Overlay()
         self._frozen: _Frozen | None = None
-        self._epoch = state.epoch
-        self._sequence = state.checkpoint_sequence
-        self._journal, replayed = open_journal(directory, state.store, self._sequence)
-        self._replay(replayed)
+        self._epoch = self._state.epoch
+        self._sequence = self._state.checkpoint_sequence
+        self._replay(directory.unsaved_records)
         self._sync = GroupSync(self._journal, self._sequence, self._journal_failed)
         self._failure: KaError | None = None
         self._checkpoint_error: KaError | None = None
@@ -88,52 +72,26 @@ class LmdbEngine:
         self._room: trio.Event | None = None
         self._wake = trio.Event()
         self._is_idle = False
+        self._is_closed = False
 
     @classmethod
-    def create(cls, directory: Path, config: LmdbConfig | None = None) -> LmdbEngine:
-        """Make a new store in *directory* (which may exist) and open it.
+    def create(cls, path: Path, config: LmdbConfig | None = None) -> LmdbEngine:
+        """Make a new store in directory *path* (which may exist) and open it.
 
         Raises EEXIST if it holds one already.  What an interrupted attempt left is replaced.
         """
-        return cls._start(directory, config or LmdbConfig(), is_new=True)
+        config = config or LmdbConfig()
+        return cls(open_directory(path, config, is_new=True), config)
 
     @classmethod
-    def open(cls, directory: Path, config: LmdbConfig | None = None) -> LmdbEngine:
-        """Open the store in *directory*, with all that was applied before.
+    def open(cls, path: Path, config: LmdbConfig | None = None) -> LmdbEngine:
+        """Open the store in directory *path*, with all that was applied before.
 
         Raises NOT_FORMATTED, EBUSY if another process has it, ENGINE_DAMAGED, WRONG_VERSION.
         Blocks for as long as reading two journal segments takes.
         """
-        if not (directory / DATA_NAME).exists():
-            raise not_formatted(directory)
-        return cls._start(directory, config or LmdbConfig(), is_new=False)
-
-    @classmethod
-    def _start(cls, directory: Path, config: LmdbConfig, *, is_new: bool) -> LmdbEngine:
-        config.validate()
-        with contextlib.ExitStack() as undo:
-            try:
-                if is_new:
-                    directory.mkdir(mode=0o700, exist_ok=True)
-                lock = lock_directory(directory)
-                undo.callback(os.close, lock)
-                store = LmdbStore(directory, config.map_size)
-                undo.callback(store.close)
-                state = store.load()
-                if is_new:
-                    if state is not None:
-                        raise KaError(Code.EEXIST, f"{directory} holds a metadata store already")
-                    state = _format(directory, config, store)
-                if state is None:
-                    raise not_formatted(directory)
-                engine = cls(directory, config, lock, store, state)
-            except OSError as error:
-                raise KaError(
-                    from_errno(error.errno or errno.EIO),
-                    f"cannot open the metadata store in {directory}: {error.strerror}",
-                ) from error
-            undo.pop_all()
-            return engine
+        config = config or LmdbConfig()
+        return cls(open_directory(path, config, is_new=False), config)
 
     @property
     def epoch(self) -> int:
@@ -234,13 +192,10 @@ class LmdbEngine:
         """Release everything.  No asynchronous call may be in progress."""
         assert not self._checkpoint_lock.locked()
         assert not self._sync.is_busy
-        if self._lock < 0:
-            return
-        self._fail(KaError(Code.EBADF, "the metadata engine is closed"))
-        self._journal.close()
-        self._store.close()
-        os.close(self._lock)
-        self._lock = -1
+        if not self._is_closed:
+            self._is_closed = True
+            self._fail(KaError(Code.EBADF, "the metadata engine is closed"))
+            self._directory.close()
 
     def _overlays(self) -> list[Overlay]:
         """Return what lies over LMDB, oldest first."""
@@ -348,7 +303,7 @@ class LmdbEngine:
         """Return what to raise when writing to the journal failed."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             # Only where the local file system copies on write.  The place is taken again.
-            return KaError(Code.ENOSPC, f"no space left for the journal in {self._directory}")
+            return KaError(Code.ENOSPC, f"no space left for the journal in {self._directory.path}")
         return self._journal_failed(error)
 
     def _journal_failed(self, error: OSError) -> KaError:
@@ -369,14 +324,3 @@ class LmdbEngine:
     def _refuse_if_failed(self) -> None:
         if self._failure is not None:
             raise KaError(self._failure.code, self._failure.message, **self._failure.context)
-
-
-def _format(directory: Path, config: LmdbConfig, store: LmdbStore) -> StoreState:
-    """Make the journal, then the state record: a store that has one has its journal too."""
-    state = StoreState(os.urandom(_STORE_ID_SIZE), 0, 0)
-    create_segments(directory, state.store, config.segment_size)
-    sync_directory(directory)
-    store.write(Overlay(), state)
-    store.renew_reader()
-    sync_directory(directory.parent)
-    return state
