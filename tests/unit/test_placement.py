@@ -29,9 +29,7 @@ def single(count: int) -> ClusterMap:
 
 
 @given(st.integers(1, 300), st.integers(0, 255), st.integers(1, 1 << 62))
-def test_file_gets_as_many_different_chains_as_it_is_wide(
-    count: int, width: int, ino: int
-) -> None:
+def test_file_gets_as_many_different_chains_as_it_is_wide(count: int, width: int, ino: int) -> None:
     layout = Placement(ANY, single(count)).choose(ANY._replace(stripe_width=width), ino)
     assert layout.stripe_width == len(layout.chains) == len(set(layout.chains))
     assert layout.stripe_width == min(width or 255, count, 255)
