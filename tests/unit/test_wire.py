@@ -9,9 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common import codec
-from common.errors import Code, KaError
+from common.errors import Code
 from common.messages import Catalogue
 from nfsp import wire
+from tests.support.space import may_refuse, refused
 
 CATALOGUES = [wire.MDS, wire.IOD]
 
@@ -92,11 +93,8 @@ def test_message_survives_the_wire(catalogue: Catalogue, data: st.DataObject) ->
 @example(b"\x81\x90\x01")
 def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
     for catalogue in CATALOGUES:
-        try:
+        with may_refuse(Code.PROTOCOL):
             message = catalogue.decode(data)
-        except KaError as error:
-            assert error.code is Code.PROTOCOL
-        else:
             assert type(message) in catalogue.classes().values()
 
 
@@ -104,11 +102,8 @@ def test_any_bytes_are_a_message_or_a_protocol_error(data: bytes) -> None:
 def test_any_fields_are_a_message_or_a_protocol_error(
     catalogue: Catalogue, number: int, fields: list[Any]
 ) -> None:
-    try:
+    with may_refuse(Code.PROTOCOL):
         message = catalogue.decode(codec.encode([number, *fields]))
-    except KaError as error:
-        assert error.code is Code.PROTOCOL
-    else:
         assert [*message][: len(fields)] == fields
 
 
@@ -121,23 +116,20 @@ def test_damaged_message_is_a_message_or_a_protocol_error(
     place = data.draw(st.integers(0, len(encoded) - 1))
     encoded[place] ^= data.draw(st.integers(1, 255))
     for damaged in (encoded, encoded[:place]):
-        try:
+        with may_refuse(Code.PROTOCOL):
             catalogue.decode(damaged)
-        except KaError as error:
-            assert error.code is Code.PROTOCOL
 
 
 def test_bool_is_no_int_and_str_no_bytes() -> None:
     for fields in ([10, True, b"a"], [10, 1, "a"], [10, 1.0, b"a"], [10, 1, None]):
-        with pytest.raises(KaError) as info:
+        with refused(Code.PROTOCOL):
             wire.MDS.decode(codec.encode(fields))
-        assert info.value.code is Code.PROTOCOL
 
 
 def test_fields_with_defaults_may_be_left_out_at_the_end() -> None:
     message = wire.Read(1, 5, 2, 0, 0, 32768, 1 << 20, False)
     assert wire.IOD.decode(codec.encode([3, *message[:-1]])) == message
-    with pytest.raises(KaError):
+    with refused(Code.PROTOCOL):
         wire.IOD.decode(codec.encode([3, *message, 0]))
 
 
