@@ -1,0 +1,202 @@
+"""A name space one can use: pure operations, a memory view, and a server's table of open files."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from common.errors import Code, KaError
+from nfsp import wire
+from nfsp.mds import attributes, namespace, rename, sessions, xattrs
+from nfsp.mds.placement import Placement
+from nfsp.mds.view import Context, Effect, Opened, Outcome, PurgeReady, TrimReady
+from nfsp.model import ROOT, Chain, ClusterMap, Dentry, Inode, Iod, Layout, Superblock
+from tests.support.checker import check
+from tests.support.memory_view import MemoryView
+
+START_NS = 1_000_000_000
+CLUSTER_MAP = ClusterMap(
+    1,
+    tuple(Iod(iod, f"host{iod}:1", "", "up") for iod in (1, 2, 3)),
+    tuple(Chain(chain, 1, (chain,)) for chain in (1, 2, 3)),
+)
+SUPERBLOCK = Superblock(1, b"u" * 16, "lab", 0, START_NS, Layout(1 << 20, 0, 1, ()))
+
+
+class Space:
+    """Runs operations as the server does: decide, apply, note what is open."""
+
+    def __init__(self, cluster_map: ClusterMap = CLUSTER_MAP) -> None:
+        self.view = MemoryView()
+        self.now_ns = START_NS
+        self.session = 1
+        self.opens: dict[tuple[int, int], bool] = {}
+        """(session, ino): writable."""
+        self.effects: tuple[Effect, ...] = ()
+        """Follow-ups of the last operation, without Opened."""
+        self.placement = Placement(SUPERBLOCK.layout, cluster_map)
+        self.view.apply(namespace.mkfs(SUPERBLOCK, cluster_map, now_ns=START_NS))
+
+    def context(self) -> Context:
+        return Context(
+            self.session,
+            self.now_ns,
+            lambda ino: any(open_ino == ino for _, open_ino in self.opens),
+            lambda ino: any(
+                open_ino == ino and writable for (_, open_ino), writable in self.opens.items()
+            ),
+            self.placement,
+        )
+
+    def settle(self, writes: dict[bytes, bytes | None], effects: tuple[Effect, ...]) -> None:
+        """Do what the server does with an outcome."""
+        self.view.apply(writes)
+        for effect in effects:
+            if isinstance(effect, Opened):
+                key = (self.session, effect.ino)
+                self.opens[key] = self.opens.get(key, False) or effect.writable
+        self.effects = tuple(effect for effect in effects if not isinstance(effect, Opened))
+
+    def do(self, operation: Callable[..., Outcome], message: Any) -> Any:
+        self.now_ns += 1
+        outcome = operation(self.view, message, self.context())
+        self.settle(outcome.writes, outcome.follow_up)
+        return outcome.reply
+
+    def check(self) -> None:
+        check(self.view)
+
+    # ------------------------------------------------------------ reading
+
+    def lookup(self, parent: int, name: bytes) -> Inode:
+        return Inode.decode(namespace.lookup(self.view, wire.Lookup(parent, name)).inode)
+
+    def stat(self, ino: int) -> Inode:
+        return Inode.decode(namespace.get_attr(self.view, wire.GetAttr(ino)).inode)
+
+    def list(self, ino: int, cookie: int = 0, count_max: int = 1000) -> list[Dentry]:
+        reply = namespace.read_dir(self.view, wire.ReadDir(ino, cookie, count_max))
+        found = [(name, at, Inode.decode(record)) for name, at, record in reply.entries]
+        return [Dentry(name, inode.ino, inode.mode >> 12, at) for name, at, inode in found]
+
+    def names(self, ino: int = ROOT) -> set[bytes]:
+        return {dentry.name for dentry in self.list(ino)}
+
+    def get_xattr(self, ino: int, name: bytes) -> bytes:
+        return xattrs.get_xattr(self.view, wire.GetXattr(ino, name), self.context()).value
+
+    def xattr_names(self, ino: int) -> set[bytes]:
+        return set(xattrs.list_xattr(self.view, wire.ListXattr(ino)).names)
+
+    # ------------------------------------------------------------ changing
+
+    def create(
+        self,
+        parent: int,
+        name: bytes,
+        mode: int = stat.S_IFREG | 0o644,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        umask: int = 0,
+        rdev: int = 0,
+        target: bytes = b"",
+        open: bool = False,
+        exclusive: bool = False,
+    ) -> Inode:
+        message = wire.Create(
+            0, 0, parent, name, mode, uid, gid, umask, rdev, target, open, exclusive
+        )
+        return Inode.decode(self.do(namespace.create, message).inode)
+
+    def mkdir(self, parent: int, name: bytes, mode: int = 0o755, umask: int = 0) -> Inode:
+        return self.create(parent, name, stat.S_IFDIR | mode, umask=umask)
+
+    def symlink(self, parent: int, name: bytes, target: bytes) -> Inode:
+        return self.create(parent, name, stat.S_IFLNK | 0o777, target=target)
+
+    def link(self, ino: int, parent: int, name: bytes) -> Inode:
+        return Inode.decode(self.do(namespace.link, wire.Link(0, 0, ino, parent, name)).inode)
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        self.do(namespace.unlink, wire.Unlink(0, 0, parent, name))
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        self.do(namespace.rmdir, wire.Rmdir(0, 0, parent, name))
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
+    ) -> None:
+        self.do(rename.rename, wire.Rename(0, 0, parent, name, new_parent, new_name, flags))
+
+    def set_attr(self, ino: int, valid: int, **values: int) -> Inode:
+        fields = {"mode": 0, "uid": 0, "gid": 0, "size": 0, "atime_ns": 0, "mtime_ns": 0}
+        message = wire.SetAttr(0, 0, ino, valid, **(fields | values))
+        return Inode.decode(self.do(attributes.set_attr, message).inode)
+
+    def truncate(self, ino: int, size: int) -> Inode:
+        return self.set_attr(ino, wire.SET_SIZE, size=size)
+
+    def wrote(self, ino: int, size_min: int, mtime_ns: int = 7) -> Inode:
+        message = wire.Wrote(0, 0, ino, size_min, mtime_ns, False)
+        return Inode.decode(self.do(attributes.wrote, message).inode)
+
+    def set_xattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        self.do(xattrs.set_xattr, wire.SetXattr(0, 0, ino, name, value, flags))
+
+    def remove_xattr(self, ino: int, name: bytes) -> None:
+        self.do(xattrs.remove_xattr, wire.RemoveXattr(0, 0, ino, name))
+
+    # ------------------------------------------------------------ open files
+
+    def open(self, ino: int, writable: bool = False) -> None:
+        self.do(sessions.open_inode, wire.Open(ino, writable))
+
+    def close(self, ino: int) -> None:
+        self.opens.pop((self.session, ino), None)
+        self.do(sessions.close_inode, wire.Close(ino))
+
+    def expire(self, session: int, limit: int = 2) -> list[Effect]:
+        """End a session as the server does; return all its effects."""
+        self.opens = {key: value for key, value in self.opens.items() if key[0] != session}
+        effects: list[Effect] = []
+        done = False
+        while not done:
+            step = sessions.expire_session(self.view, session, self.context(), limit)
+            self.settle(step.writes, step.follow_up)
+            effects += self.effects
+            done = step.done
+        done, after_ino = False, 0
+        while not done:
+            step = sessions.sweep_orphans(self.view, after_ino, self.context(), limit)
+            self.settle(step.writes, step.follow_up)
+            effects += self.effects
+            done, after_ino = step.done, step.after_ino
+        return effects
+
+    @property
+    def purged(self) -> set[int]:
+        return {effect.ino for effect in self.effects if isinstance(effect, PurgeReady)}
+
+    @property
+    def trims(self) -> list[TrimReady]:
+        return [effect for effect in self.effects if isinstance(effect, TrimReady)]
+
+
+class refused:
+    """`with refused(Code.X):` the block raises that error."""
+
+    def __init__(self, code: Code) -> None:
+        self._code = code
+        self._raises = pytest.raises(KaError)
+
+    def __enter__(self) -> None:
+        self._info = self._raises.__enter__()
+
+    def __exit__(self, *details: Any) -> bool:
+        suppressed = bool(self._raises.__exit__(*details))
+        assert self._info.value.code is self._code
+        return suppressed
