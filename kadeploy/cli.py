@@ -1,7 +1,7 @@
 """Command line of kadeploy, which clones operating systems onto disks.
 
-Owns nothing yet: kadeploy is not built.  Whatever is asked of it is refused in one line, exit code 2;
-only `--help` and `--version` answer.
+Owns nothing yet: kadeploy is not built.  Whatever is asked of it is refused in one line, exit
+code 2; only `--help` and `--version` answer.
 """
 
 from __future__ import annotations
