@@ -9,8 +9,9 @@
     systems.py    the contract of a system; local and nfsp
     peers.py      GlusterFS and MooseFS
     packages.py   Debian packages of the peers
-    workloads.py  the load; knows a directory and nothing else
-    realtree.py   the tree of real files that is unpacked and packed
+    workloads.py  the list of workloads; they know a directory and nothing else:
+    large.py, small.py, tree.py on what load.py gives them
+    realtree.py   the archive of real files that tree.py unpacks
     cpu.py        processor time from /proc
     model.py      samples and scales, to and from JSON
     report.py     the tables

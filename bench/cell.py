@@ -77,8 +77,12 @@ class Cell:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End everything in the cell, now.  More than once does no harm."""
         process = self._process
-        if process is None:
+        if process is None or process.returncode is not None:
             return
         assert process.stdin is not None
         assert process.stdout is not None

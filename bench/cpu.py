@@ -2,9 +2,9 @@
 
 A system runs in a pid namespace of its own with its own /proc, so "every process but the load
 generator" is exactly the system: no pid file is trusted and no helper is missed.  A process's
-figure contains that of the children it has waited for (cutime, cstime).  Orphans come to the
-namespace's init, which does not wait for what it did not start: they stay as zombies, readable
-here, so the time of daemons that daemonise is not lost either.
+figure contains that of the children it has waited for (cutime, cstime); orphans are waited for by
+the namespace's first process, whose figure is counted too.  So no daemon's time is lost when it
+ends.
 
 Resolution is one clock tick (10 ms) per process.  Kernel threads (write-back, journal) belong to
 no namespace and are not counted, for any system.

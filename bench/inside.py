@@ -1,11 +1,13 @@
-"""A cell, seen from inside: the first process of a system's namespaces.
+"""A cell, seen from inside: the first two processes of a system's namespaces.
 
-Starts the system, then answers one question at a time: run these workloads of a group.  Around
+The first one only reaps orphans, as init does: a daemon that has ended must be gone for those who
+wait for that, and what processor time it used stays readable as the first process's.  The second
+starts the system, then answers one question at a time: run these workloads of a group.  Around
 each workload it makes things equal: everything written before is on the disk, for a cold one the
 mount was given up, the kernel's caches dropped and the mount retaken; and it reads what processor
 time the system used meanwhile.
 
-The namespace's other processes end with this one, so it needs no clean-up of its own.
+The namespace's other processes end with the first one, so it needs no clean-up of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from typing import Any
 
 from bench import cpu
 from bench.facts import tcp_congestion_control
+from bench.load import Place
 from bench.model import Sample, Scale
 from bench.peers import Gluster, MooseFs
 from bench.realtree import RealTree
 from bench.systems import ADDRESS, Local, Nfsp, System, command
-from bench.workloads import Place, Workload, plan
-from common.errors import KaError, from_errno
+from bench.workloads import Workload, plan
+from common.errors import Code, KaError, from_errno
 
 __all__ = ["SYSTEMS", "run_group"]
 
@@ -36,7 +39,17 @@ SYSTEMS: dict[str, type[System]] = {
 
 
 def main() -> None:
-    """Serve questions from standard input until it ends."""
+    """Be init; in a child, serve questions.  When that ends, so does everything."""
+    server = os.fork()
+    if not server:
+        _serve()
+        return
+    while os.wait()[0] != server:
+        pass
+
+
+def _serve() -> None:
+    """Answer questions from standard input until it ends."""
     # What programs started from here print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -57,11 +70,18 @@ def _start(question: dict[str, Any]) -> tuple[System, dict[str, Any]]:
     command("ip", "link", "set", "lo", "up")
     command("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
     if question["tcp_cc"]:
-        control = Path("/proc/sys/net/ipv4/tcp_congestion_control")
-        control.write_text(question["tcp_cc"])
+        _use_congestion_control(question["tcp_cc"])
     system = SYSTEMS[sys.argv[1]](Path(sys.argv[2]))
     system.start()
     return system, {"version": system.version(), "tcp_cc": tcp_congestion_control()}
+
+
+def _use_congestion_control(name: str) -> None:
+    try:
+        # Of this network namespace; the kernel loads the module if it has one.
+        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(name)
+    except FileNotFoundError:
+        raise KaError(Code.USAGE, f"this kernel has no TCP congestion control {name!r}") from None
 
 
 def _measure(system: System, question: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +101,9 @@ def run_group(
     system: System, group: str, selected: list[str], *, run: int, scale: Scale, tree: RealTree
 ) -> list[Sample]:
     """Run *group* in a new directory of *system*; return the samples of *selected*."""
+    if system.has_mount and not system.root.is_mount():
+        # Left so by an earlier failure; writing here would measure the local disk.
+        raise KaError(Code.UNREACHABLE, f"nothing is mounted on {system.root} any more")
     directory = system.root / f"{group}-{run}"
     directory.mkdir()
     place = Place(directory, scale, tree, seed=run)

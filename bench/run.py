@@ -137,13 +137,17 @@ class _Session:
     def start(self, name: str) -> None:
         """Start a system; note the failure if it cannot."""
         _say(f"starting {name}")
-        state = self._directory / name
         try:
             packages.ensure(SYSTEMS[name].programs, may_install=self._options.may_install)
-            cell = self._stack.enter_context(Cell(name, state))
+        except KaError as error:
+            self._failed(name, "start", error)
+            return
+        cell = self._stack.enter_context(Cell(name, self._directory / name))
+        try:
             answer = cell.ask({"tcp_cc": self._options.tcp_cc}, timeout_s=_START_TIMEOUT_S)
         except KaError as error:
             self._failed(name, "start", error)
+            cell.close()  # half a system must not take time from the others
             return
         self._cells[name] = cell
         self.facts["TCP congestion control"] = answer["tcp_cc"]
@@ -181,7 +185,7 @@ class _Session:
         except KaError as error:
             self._failed(name, f"{group}, run {run}", error)
             if error.code in (Code.TIMEOUT, Code.UNREACHABLE):
-                del self._cells[name]  # the cell itself is ended with the others
+                self._cells.pop(name).close()
             return
         self.samples += [Sample(**sample) for sample in answer["samples"]]
 

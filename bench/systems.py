@@ -33,6 +33,7 @@ class System(ABC):
     name: ClassVar[str]
     programs: ClassVar[Mapping[str, str]] = {}
     """Programs it needs, and the Debian package of each."""
+    has_mount: ClassVar[bool] = True
 
     def __init__(self, state: Path) -> None:
         self.state = state
@@ -64,6 +65,7 @@ class Local(System):
     """A directory on the disk all the stores are on: what the hardware and the kernel can do."""
 
     name = "local"
+    has_mount = False
 
     def start(self) -> None:
         pass
