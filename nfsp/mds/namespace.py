@@ -78,6 +78,7 @@ ID_MAX = (1 << 32) - 1
 RDEV_MAX = (1 << 32) - 1
 COOKIE_MAX = (1 << 63) - 1
 
+_KIND_MASK = 0o170000
 _KINDS = frozenset(
     (
         stat.S_IFREG,
@@ -203,7 +204,7 @@ def create(view: View, m: wire.Create, context: Context) -> Outcome:
 
 def _open_existing(view: View, m: wire.Create, exists: Entry, context: Context) -> Outcome:
     wanted = m.open and not m.exclusive and exists.kind == stat.S_IFREG >> 12
-    require(wanted and stat.S_ISREG(m.mode), Code.EEXIST, "exists already")
+    require(wanted and m.mode & _KIND_MASK == stat.S_IFREG, Code.EEXIST, "exists already")
     record = target_of(view, exists).encode()
     writer = keys.writer(context.session, exists.ino)
     writes: Writes = {} if view.get(writer) is not None else {writer: NOTHING}
@@ -215,8 +216,7 @@ def _new_inode(
     view: View, m: wire.Create, parent: Inode, context: Context
 ) -> tuple[Inode, list[tuple[bytes, bytes]]]:
     """Return the inode of a create, and the ACLs it inherits."""
-    kind = stat.S_IFMT(m.mode)
-    mode = m.mode & 0o7777
+    kind, mode = m.mode & _KIND_MASK, m.mode & 0o7777
     require(kind in _KINDS and m.mode == kind | mode, Code.EINVAL, "no such file type")
     ids_fit = 0 <= m.uid <= ID_MAX and 0 <= m.gid <= ID_MAX and 0 <= m.rdev <= RDEV_MAX
     require(ids_fit, Code.EINVAL, "a number is out of range")

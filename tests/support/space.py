@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -74,16 +75,16 @@ class Space:
     def lookup(self, parent: int, name: bytes) -> Inode:
         return Inode.decode(namespace.lookup(self.view, wire.Lookup(parent, name)).inode)
 
-    def stat(self, ino: int) -> Inode:
+    def inode(self, ino: int) -> Inode:
         return Inode.decode(namespace.get_attr(self.view, wire.GetAttr(ino)).inode)
 
-    def list(self, ino: int, cookie: int = 0, count_max: int = 1000) -> list[Dentry]:
+    def entries(self, ino: int, cookie: int = 0, count_max: int = 1000) -> list[Dentry]:
         reply = namespace.read_dir(self.view, wire.ReadDir(ino, cookie, count_max))
         found = [(name, at, Inode.decode(record)) for name, at, record in reply.entries]
         return [Dentry(name, inode.ino, inode.mode >> 12, at) for name, at, inode in found]
 
     def names(self, ino: int = ROOT) -> set[bytes]:
-        return {dentry.name for dentry in self.list(ino)}
+        return {dentry.name for dentry in self.entries(ino)}
 
     def get_xattr(self, ino: int, name: bytes) -> bytes:
         return xattrs.get_xattr(self.view, wire.GetXattr(ino, name), self.context()).value
@@ -186,17 +187,9 @@ class Space:
         return [effect for effect in self.effects if isinstance(effect, TrimReady)]
 
 
-class refused:
-    """`with refused(Code.X):` the block raises that error."""
-
-    def __init__(self, code: Code) -> None:
-        self._code = code
-        self._raises = pytest.raises(KaError)
-
-    def __enter__(self) -> None:
-        self._info = self._raises.__enter__()
-
-    def __exit__(self, *details: Any) -> bool:
-        suppressed = bool(self._raises.__exit__(*details))
-        assert self._info.value.code is self._code
-        return suppressed
+@contextmanager
+def refused(code: Code) -> Iterator[None]:
+    """Expect the block to raise that error."""
+    with pytest.raises(KaError) as info:
+        yield
+    assert info.value.code is code
