@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from nfsp import keys
 from nfsp.fsck import steps, table
-from nfsp.fsck.findings import Finding, RemoveChunks, Severity, TrimChunks
+from nfsp.fsck.findings import Finding, QueueTrim, RemoveChunks, Severity
 from nfsp.fsck.survey import Survey, decode_counter, decode_inode
 from nfsp.model import BLOCK_SIZE, Layout
 from nfsp.striping import column_cut
@@ -35,7 +35,8 @@ class ChunkFile(NamedTuple):
 
     ino: int
     column: int
-    row_count: int
+    size: int
+    """Of the file, in bytes: the last row may be shorter than a whole chunk."""
     allocated: int
 
 
@@ -85,6 +86,7 @@ class Look:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
+        self._sessions: list[int] = []
         self._writing: set[int] = set()
         self._states: dict[int, State] = {}
         self.records: dict[int, bytes] = {}
@@ -95,7 +97,11 @@ class Look:
         def writer(key: bytes, _: bytes) -> None:
             self._writing.add(int.from_bytes(key[9:17]))
 
+        def session(key: bytes, _: bytes) -> None:
+            self._sessions.append(int.from_bytes(key[1:9]))
+
         self.next_ino = decode_counter((yield from steps.get(keys.NEXT_INO)))
+        yield from steps.each(b"s", keys.prefix_end(b"s"), session)
         yield from steps.each(b"w", keys.prefix_end(b"w"), writer)
         for ino in inos:
             value = yield from steps.get(keys.inode(ino))
@@ -108,6 +114,10 @@ class Look:
 
     def state(self, ino: int) -> State:
         return self._states[ino]
+
+    @property
+    def sessions(self) -> tuple[int, ...]:
+        return tuple(self._sessions)
 
     def _judge(self, ino: int, value: bytes | None) -> State:
         if value is None:
@@ -149,16 +159,17 @@ def suspect(
 
 
 def _may_reach_beyond(file: ChunkFile, state: State, thorough: bool) -> bool:
-    """Without *thorough*, blocks behind the end of the last chunk of a file with holes are missed:
-    the iod is only asked if more is allocated than a file without holes would need."""
+    """Say whether there may be blocks behind the end of the file.
+
+    A chunk file can be longer than its data, so a length tells little for the last row.  Without
+    *thorough*, the iod is asked if the chunk file reaches behind the end, or if more of it is
+    allocated than a file without holes needs.
+    """
     assert state.layout is not None
     row, offset = column_cut(state.layout, state.size, file.column)
-    if file.row_count <= row:
-        return False
-    if file.row_count > row + (offset > 0):
-        return True
-    full = file.row_count * HEADER_SIZE + row * state.layout.chunk_size + _block_up(offset)
-    return thorough or file.allocated > full
+    row_size = HEADER_SIZE + state.layout.chunk_size
+    end = row * row_size + (HEADER_SIZE + _block_up(offset) if offset else 0)
+    return file.size > row * row_size and (thorough or file.size > end or file.allocated > end)
 
 
 def _block_up(offset: int) -> int:
@@ -196,13 +207,10 @@ def finding(
         case Suspicion.COLUMN:
             what = f"{name}: the file has no such column"
         case Suspicion.BEYOND:
-            state = look.state(ino)
-            assert state.layout is not None
-            row, offset = column_cut(state.layout, state.size, column)
-            record = look.records[ino]
-            trim = TrimChunks(iod, ino, column, row, offset, state.layout.chunk_size, record)
-            what = f"{name}: data behind the end of the file ({state.size} bytes)"
-            repair = f"trim it to row {row}, byte {offset}"
+            size = look.state(ino).size
+            what = f"{name}: data behind the end of the file ({size} bytes)"
+            repair = "have the mds trim the file"
+            trim = QueueTrim(ino, look.records[ino], look.sessions)
             return Finding(severity, check, what, ino, where=where, repair=repair, mend=trim)
         case _:
             what = f"{name}: no file has this number"

@@ -26,6 +26,7 @@ __all__ = [
     "MoveEntry",
     "NewCookie",
     "Outcome",
+    "QueueTrim",
     "Rebuild",
     "RecordMend",
     "Release",
@@ -35,7 +36,7 @@ __all__ = [
     "SetFields",
     "SetRecord",
     "Severity",
-    "TrimChunks",
+    "not_mended",
     "show",
 ]
 
@@ -153,16 +154,13 @@ class RemoveChunks:
 
 
 @dataclass(frozen=True, slots=True)
-class TrimChunks:
-    """Drop everything of a chunk file at or behind a place, if the inode still is as seen."""
+class QueueTrim:
+    """Have the mds drop what lies behind a file's end, if the inode still is as seen and none of
+    the sessions (all that there are) has it open for writing."""
 
-    iod: int
     ino: int
-    column: int
-    row: int
-    offset: int
-    chunk_size: int
     inode: bytes
+    sessions: tuple[int, ...]
 
 
 RecordMend = (
@@ -176,7 +174,7 @@ RecordMend = (
     | Release
     | Rebuild
 )
-ChunkMend = RemoveChunks | TrimChunks
+ChunkMend = RemoveChunks | QueueTrim
 Mend = RecordMend | ChunkMend
 
 
@@ -251,6 +249,11 @@ class Report:
             "counts": self.counts,
             "exit_code": self.exit_code,
         }
+
+
+def not_mended(finding: Finding) -> Outcome:
+    """Return the outcome of a finding when mending was not asked for."""
+    return Outcome.REPORTED if finding.mend else Outcome.UNMENDABLE
 
 
 def show(names: Iterable[bytes]) -> str:

@@ -188,8 +188,11 @@ def _link_lost(mend: LinkLost, edit: Edit) -> steps.Steps[bool]:
     if inode is None or lost is None or mend.ino in (lost.ino, ROOT):
         return False
     if mend.parent:
-        # The inode of the directory it comes from gets its right link count on its own.
         yield from _drop_entry(edit, mend.parent, None, mend.cookie)
+        above = yield from edit.inode(mend.parent)
+        if above is not None and inode.is_dir:
+            yield from edit.put_inode(above._replace(nlink=above.nlink - 1))
+            inode = (yield from edit.inode(mend.ino)) or inode  # a directory in itself
     name = b"#%d" % mend.ino
     if (yield from edit.get(keys.dentry(lost.ino, name))) is not None:
         name += b"-%d" % lost.next_cookie

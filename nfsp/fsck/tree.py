@@ -10,7 +10,7 @@ from array import array
 from dataclasses import replace
 
 from nfsp import keys
-from nfsp.fsck import entries, steps, survey
+from nfsp.fsck import directory, entries, records, steps
 from nfsp.fsck.findings import (
     DropEntry,
     Finding,
@@ -22,7 +22,7 @@ from nfsp.fsck.findings import (
     Severity,
     show,
 )
-from nfsp.fsck.survey import Survey
+from nfsp.fsck.survey import Survey, encode_counter
 from nfsp.fsck.table import DIR, ORPHAN, REBUILD, UNREADABLE
 from nfsp.model import ROOT, shard_of
 
@@ -42,8 +42,9 @@ DEPTH_MAX = 10_000
 def survey_metadata() -> steps.Steps[Survey]:
     """Judge one view of the metadata: all passes, findings with their paths."""
     found = Survey()
-    yield from survey.passes(found)
+    yield from records.passes(found)
     yield from entries.passes(found)
+    yield from directory.passes(found)
     yield from check(found)
     paths = Paths(found)
     for index, finding in enumerate(found.findings):
@@ -116,9 +117,7 @@ def _break_loop(found: Survey, row: int, moved: set[int]) -> None:
     loop = [row]
     while (above := rows.find(rows.link_parents[loop[-1]])) != row:
         loop.append(above)
-    first = min(loop)
-    rows.subdirs[rows.find(rows.link_parents[first])] -= 1
-    _lose(found, first, f"{len(loop)} directories form a loop", moved)
+    _lose(found, min(loop), f"{len(loop)} directories form a loop", moved)
 
 
 def _lose(found: Survey, row: int, what: str, moved: set[int]) -> None:
@@ -224,7 +223,7 @@ def _set_counter(found: Survey, what: str, key: bytes, seen: bytes | None, least
         "counter.low",
         f"the next {what} number is missing, or one that is in use",
         repair=f"set it to {least}",
-        mend=SetRecord(key, seen, survey.encode_counter(least)),
+        mend=SetRecord(key, seen, encode_counter(least)),
     )
 
 

@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 
 import trio
 
+from common import codec
 from common.errors import Code, KaError
 from nfsp import keys
 from nfsp.fsck.chunks import HEADER_SIZE, ChunkFile
 from nfsp.fsck.findings import Finding, Outcome, Report
 from nfsp.fsck.run import check
 from nfsp.fsck.steps import Record
-from nfsp.model import BLOCK_SIZE, ROOT, Inode
-from nfsp.striping import pieces
+from nfsp.model import BLOCK_SIZE, ROOT, Inode, Remains
+from nfsp.striping import column_cut, pieces
 from tests.support.memory_view import MemoryView
-from tests.support.space import CLUSTER_MAP, START_NS, Space
+from tests.support.space import CLUSTER_MAP, START_NS, SUPERBLOCK, Space
 
 SESSION = 1
 
@@ -29,6 +30,7 @@ class FakeMds:
         self.pinned: MemoryView | None = None
         self.pin_count = 0
         self.before_pin: Callable[[int], None] = lambda pin: None
+        self.upkeep: Callable[[], None] = lambda: None
 
     async def snapshot_open(self) -> None:
         assert self.pinned is None, "one view at a time"
@@ -55,6 +57,7 @@ class FakeMds:
             if self.view.get(key) != value:
                 raise KaError(Code.EBUSY)
         self.view.apply(records)
+        self.upkeep()
 
 
 class FakeIod:
@@ -65,7 +68,6 @@ class FakeIod:
         self.corrupt: dict[tuple[int, int], str] = {}
         self.before_list: Callable[[], None] = lambda: None
         self.before_extents: Callable[[], None] = lambda: None
-        self.before_trim: Callable[[], None] = lambda: None
         self.error: KaError | None = None
 
     def put(self, ino: int, column: int, row: int = 0, block: int = 0) -> None:
@@ -83,8 +85,11 @@ class FakeIod:
         for place in places[: min(count_max, 3)]:
             blocks = self.files[place]
             rows = {row for row, _ in blocks}
+            row_size = HEADER_SIZE + SUPERBLOCK.layout.chunk_size
+            last_row, last_block = max(blocks)
+            size = last_row * row_size + HEADER_SIZE + (last_block + 1) * BLOCK_SIZE
             allocated = len(rows) * HEADER_SIZE + len(blocks) * BLOCK_SIZE
-            found.append(ChunkFile(*place, max(rows, default=-1) + 1, allocated))
+            found.append(ChunkFile(*place, size, allocated))
         return found
 
     async def extents(
@@ -101,12 +106,6 @@ class FakeIod:
         line = self.corrupt.get((ino, column))
         return [line] if line else []
 
-    async def trim(self, ino: int, column: int, row: int, offset: int, chunk_size: int) -> None:
-        await trio.lowlevel.checkpoint()
-        self.before_trim()
-        cut = row, -(-offset // BLOCK_SIZE)
-        self.files[ino, column] = {at for at in self.files[ino, column] if at < cut}
-
     async def remove(self, files: list[tuple[int, int]]) -> None:
         await trio.lowlevel.checkpoint()
         for place in files:
@@ -122,6 +121,7 @@ class Cluster:
         self.view.apply({keys.session(SESSION): b"\x80"})
         self.view.apply({keys.NEXT_SESSION: b"\x02"})
         self.mds = FakeMds(self.view)
+        self.mds.upkeep = self.upkeep
         self.iods = {iod.iod: FakeIod() for iod in CLUSTER_MAP.iods}
         space = self.space
         self.top = space.mkdir(ROOT, b"top").ino
@@ -148,7 +148,7 @@ class Cluster:
         assert record is not None
         return Inode.decode(record)
 
-    def set_inode(self, ino: int, **fields: object) -> None:
+    def set_inode(self, ino: int, /, **fields: object) -> None:
         inode = self.inode(ino)._replace(**fields)
         self.view.apply({keys.inode(ino): inode.encode()})
 
@@ -161,6 +161,32 @@ class Cluster:
             first, last = piece.offset // BLOCK_SIZE, (piece.offset + piece.length - 1)
             for block in range(first, last // BLOCK_SIZE + 1):
                 self.iods[chain].put(ino, piece.column, piece.row, block)
+
+    def upkeep(self) -> None:
+        """Carry out the purge and trim queues, as the mds does after a repair."""
+        for key, _ in self.view.scan(b"p", b"q", 1000):
+            ino = int.from_bytes(key[1:])
+            for iod in self.iods.values():
+                for place in [place for place in iod.files if place[0] == ino]:
+                    del iod.files[place]
+            self.view.apply({key: None})
+        for key, value in self.view.scan(b"t", b"u", 1000):
+            try:
+                layout, size = Remains.decode(value)
+            except KaError:
+                return  # the real one tries again, for ever
+            for (ino, column), iod in self.chunk_files():
+                if ino == int.from_bytes(key[1:]):
+                    row, offset = column_cut(layout, size, column)
+                    cut = row, -(-offset // BLOCK_SIZE)
+                    left = {at for at in iod.files[ino, column] if at < cut}
+                    iod.files[ino, column] = left
+                    if not left:
+                        del iod.files[ino, column]
+            self.view.apply({key: None})
+
+    def chunk_files(self) -> list[tuple[tuple[int, int], FakeIod]]:
+        return [(place, iod) for iod in self.iods.values() for place in iod.files]
 
     def iod_of(self, ino: int, column: int = 0) -> FakeIod:
         layout = self.inode(ino).layout
@@ -177,7 +203,10 @@ class Cluster:
         }
 
     def cookie(self, parent: int, name: bytes) -> int:
-        return next(dentry.cookie for dentry in self.space.list(parent) if dentry.name == name)
+        value = self.view.get(keys.dentry(parent, name))
+        assert value is not None
+        cookie: int = codec.decode(value)[2]
+        return cookie
 
     def check(self, *, repair: bool = False, verify: bool = False) -> Report:
         async def main() -> Report:
