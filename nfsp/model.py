@@ -187,11 +187,14 @@ class ClusterMap(NamedTuple):
     @classmethod
     def decode(cls, data: bytes) -> ClusterMap:
         epoch, iods, chains = _fields(data, 3, "cluster map")
-        return cls(
-            epoch,
-            tuple(Iod(*iod) for iod in iods),
-            tuple(Chain(chain, at, tuple(members)) for chain, at, members in chains),
-        )
+        try:
+            return cls(
+                epoch,
+                tuple(Iod(*iod) for iod in iods),
+                tuple(Chain(chain, at, tuple(members)) for chain, at, members in chains),
+            )
+        except (TypeError, ValueError):
+            raise KaError(Code.ENGINE_DAMAGED, "unreadable cluster map record") from None
 
 
 class Superblock(NamedTuple):
@@ -233,5 +236,8 @@ def _fields(data: bytes, count: int, what: str) -> list[codec.Value]:
 
 
 def _layout(value: codec.Value) -> Layout:
-    chunk_size, stripe_width, replicas, chains = value
-    return Layout(chunk_size, stripe_width, replicas, tuple(chains))
+    try:
+        chunk_size, stripe_width, replicas, chains = value
+        return Layout(chunk_size, stripe_width, replicas, tuple(chains))
+    except (TypeError, ValueError):
+        raise KaError(Code.ENGINE_DAMAGED, "unreadable layout in a record") from None

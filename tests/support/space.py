@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import Code, KaError
 from nfsp import wire
-from nfsp.mds import attributes, namespace, rename, sessions, xattrs
+from nfsp.mds import attributes, namespace, queues, rename, sessions, xattrs
 from nfsp.mds.placement import Placement
 from nfsp.mds.view import Context, Effect, Opened, Outcome, PurgeReady, TrimReady
 from nfsp.model import ROOT, Chain, ClusterMap, Dentry, Inode, Iod, Layout, Superblock
@@ -178,6 +178,11 @@ class Space:
             done, after_ino = step.done, step.after_ino
         return effects
 
+    def finish_trims(self) -> None:
+        """Carry out the trim queue."""
+        for ino, remains in queues.trim_queue(self.view, 0, 1000):
+            self.view.apply(queues.trimmed(self.view, ino, remains))
+
     @property
     def purged(self) -> set[int]:
         return {effect.ino for effect in self.effects if isinstance(effect, PurgeReady)}
@@ -193,3 +198,13 @@ def refused(code: Code) -> Iterator[None]:
     with pytest.raises(KaError) as info:
         yield
     assert info.value.code is code
+
+
+@contextmanager
+def may_refuse(*codes: Code) -> Iterator[None]:
+    """Let the block succeed, or raise one of these errors and no other."""
+    try:
+        yield
+    except KaError as error:
+        if error.code not in codes:
+            raise

@@ -22,11 +22,6 @@ def space() -> Iterator[Space]:
     space.check()
 
 
-def finish_trims(space: Space) -> None:
-    for ino, remains in queues.trim_queue(space.view, 0, 100):
-        space.view.apply(queues.trimmed(space.view, ino, remains))
-
-
 # ---------------------------------------------------------------- attributes
 
 
@@ -98,7 +93,7 @@ def test_truncate_sets_mtime_and_ctime_even_to_the_same_size(space: Space) -> No
     for size in (10, 10, 3, 0, 0):
         after = space.truncate(file, size)
         assert (after.size, after.mtime_ns, after.ctime_ns) == (size, space.now_ns, space.now_ns)
-        finish_trims(space)
+        space.finish_trims()
 
 
 def test_truncate_with_mtime_takes_that_mtime(space: Space) -> None:
@@ -157,7 +152,7 @@ def test_opening_for_writing_waits_for_a_pending_trim(space: Space) -> None:
     assert [trim.remains.size for trim in space.trims] == [10]
     space.create(ROOT, b"f", open=True)
     assert [trim.remains.size for trim in space.trims] == [10]
-    finish_trims(space)
+    space.finish_trims()
     space.open(file, writable=True)
     assert not space.trims
 
@@ -169,7 +164,7 @@ def test_write_beyond_the_cut_of_a_pending_trim_is_eio(space: Space) -> None:
     assert space.wrote(file, 10).size == 10
     with refused(Code.EIO):
         space.wrote(file, 11)
-    finish_trims(space)
+    space.finish_trims()
     assert space.wrote(file, 11).size == 11
 
 
