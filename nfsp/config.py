@@ -33,6 +33,8 @@ class Cluster:
     """For new files where no directory says otherwise; read by mkfs."""
     stripe_width: int = 0
     """Likewise; 0: all iods."""
+    user: str = ""
+    """Daemons started as root become this user; empty: they stay who they are."""
 
     def validate(self) -> None:
         if self.chunk_size & (self.chunk_size - 1) or not (

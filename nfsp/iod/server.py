@@ -192,7 +192,7 @@ class IodServer:
         after = (m.after_ino, m.after_column) if m.after_ino > 0 else None
         limit = max(1, min(m.count_max, LIST_COUNT_MAX))
         files = await self._in_thread(self._store.list, after, limit)
-        rows = [[file.inode, file.column, file.size, file.allocated_bytes] for file in files]
+        rows = [[file.inode, file.column, file.size, file.allocated_size] for file in files]
         return Reply(wire.IOD.encode(wire.ListChunksReply(rows)))
 
     async def _extents(self, m: wire.Extents, payload: memoryview | None) -> Reply:

@@ -383,8 +383,10 @@ class MdsServer:
 
     def _status(self, connection: Connection, m: wire.Status) -> Reply:
         statistics = self._engine.statistics()
+        superblock = Superblock.decode(self._superblock)
         status = {
-            "shard": Superblock.decode(self._superblock).shard,
+            "shard": superblock.shard,
+            "fs_uuid": superblock.fs_uuid,
             "uptime_s": round(time.time() - self._started_at, 3),
             "epoch": self._epoch,
             "map": self._cluster_map,
