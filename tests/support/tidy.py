@@ -76,6 +76,7 @@ PURE: frozenset[str] = frozenset(
         "nfsp/mds/engine.py",
         "nfsp/mds/journal.py",
         "nfsp/mds/journal_recovery.py",
+        "nfsp/mds/lmdb_config.py",
         "nfsp/mds/namespace.py",
         "nfsp/mds/opentable.py",
         "nfsp/mds/overlay.py",
