@@ -300,7 +300,7 @@ def layout(path: str, rule: tuple[str, ...]) -> None:
 
 @nfsp.command(epilog="Example: nfsp export /mnt --to 10.0.0.0/24 --to login1")
 @click.argument("path", type=click.Path())
-@click.option("--to", "clients", multiple=True, help="A host, network or @netgroup.")
+@click.option("--to", "clients", multiple=True, help="A host, node[1-20], network or @netgroup.")
 @click.option("--remove", is_flag=True, help="Withdraw the export.")
 @click.option("--options", default="", help="More export options, e.g. no_root_squash.")
 @click.option("--print", "print_only", is_flag=True, help="Only print the exports line.")
