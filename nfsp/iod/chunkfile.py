@@ -403,7 +403,7 @@ class ChunkFile:
         at = start + offset
         if at + length > self.size:
             self._check_tail(header.row, header.chunk_size)
-        if plan.absent and at < self.size:
+        if plan.absent and start + plan.overlaps[0].block * BLOCK_SIZE < self.size:
             self._wipe(start, plan.absent)
         if plan.intent and self._disk.next_hole(self._fd, at) < at + length:
             self._disk.allocate(self._fd, at, length)
@@ -485,6 +485,7 @@ class ChunkFile:
         kept = row + 1 if offset else row
         for gone in [cached for cached in self._rows if cached >= kept]:
             del self._rows[gone]
+        self._tail_checked = True  # what is the last chunk now was recovered, or is whole
         if self.size == 0:
             self._chunk_size = None
 
