@@ -34,9 +34,10 @@ from types import TracebackType
 
 from common.checksum import ABSENT, Buffer, block_sum
 from common.errors import Code, KaError, from_errno
-from nfsp.iod import chunk
+from nfsp.iod import chunk, chunkplan
 from nfsp.iod.chunk import BLOCK_SIZE, BOOT_ID_SIZE
-from nfsp.iod.chunkfile import ChunkFile, OpenFile
+from nfsp.iod.chunkfile import ChunkFile, Payload
+from nfsp.iod.chunkrows import OpenFile
 from nfsp.iod.chunktree import ChunkFileInfo, ChunkTree
 from nfsp.iod.disk import Disk
 
@@ -227,15 +228,9 @@ class ChunkStore:
                     Code.PAYLOAD_CORRUPT, inode=inode, column=column, row=row, block=overlap.block
                 )
         refuse_new = not self._has_room(length)
+        payload = Payload(offset, length, pieces, overlaps, parts, sums)
         with self._locked(inode, column) as file:
-            version = file.write(
-                row,
-                offset,
-                pieces,
-                list(zip(parts, sums, strict=True)),
-                chunk_size=chunk_size,
-                refuse_new=refuse_new,
-            )
+            version = file.write(row, payload, chunk_size=chunk_size, refuse_new=refuse_new)
         if sync:
             self.sync(inode, column)
         return version
@@ -247,14 +242,14 @@ class ChunkStore:
         _check_aligned(row, offset, length, chunk_size)
         first, last = offset // BLOCK_SIZE, (offset + length) // BLOCK_SIZE
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return ReadPlan([ABSENT] * (last - first), None, 0, 0)
-            header = file.header(row, chunk_size)
-            stored = chunk.stored_length(header, offset, length, file.size)
+            header = rows.header(row, chunk_size)
+            stored = chunkplan.stored_length(header, offset, length, rows.size)
             start = chunk.data_start(row, chunk_size) + offset
-            return ReadPlan(
-                list(header.sums[first:last]), file.share() if stored else None, start, stored
-            )
+            held = rows.file.acquire() if stored else None
+            return ReadPlan(list(header.sums[first:last]), held, start, stored)
 
     def read_verified(
         self, inode: int, column: int, row: int, offset: int, length: int, *, chunk_size: int
@@ -266,10 +261,11 @@ class ChunkStore:
         _check_aligned(row, offset, length, chunk_size)
         first, last = offset // BLOCK_SIZE, (offset + length) // BLOCK_SIZE
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return [ABSENT] * (last - first), b""
-            header = file.header(row, chunk_size)
-            return list(header.sums[first:last]), file.read_verified(header, offset, length)
+            header = rows.header(row, chunk_size)
+            return list(header.sums[first:last]), rows.read_verified(header, offset, length)
 
     def trim(self, inode: int, column: int, *, row: int, offset: int, chunk_size: int) -> None:
         """Drop everything at or after that place of the chunk file."""
@@ -296,22 +292,22 @@ class ChunkStore:
         """Make everything written to the chunk file before this call durable."""
         with self._pinned(inode, column) as file, file.sync_lock:
             with file.lock:
-                synced = file.begin_sync()
-                entry_durable = file.entry_durable
-            if synced is None:
-                return
+                rows = file.begin_sync()
+                if rows is None:
+                    return
+                held, entry_durable = rows.file.acquire(), rows.entry_durable
             try:
-                self._disk.fdatasync(synced.fd)
+                self._disk.fdatasync(held.fd)
                 if not entry_durable:
                     self._tree.sync_entry(inode)
             except OSError:
                 with file.lock:
-                    file.fail_sync()
+                    file.sync_failed = True
                 raise
             finally:
-                synced.release()
+                held.release()
             with file.lock:
-                file.end_sync(synced)
+                file.end_sync(rows)
 
     def sync_many(self, keys: Sequence[tuple[int, int]]) -> None:
         """Make several chunk files durable; all are tried, the first failure is raised."""
@@ -352,13 +348,14 @@ class ChunkStore:
         _check_range(row, 0, 1, chunk_size)
         extents: list[Extent] = []
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return extents, None
-            for count, present in enumerate(file.rows_from(row, chunk_size)):
+            for count, present in enumerate(rows.rows_from(row, chunk_size)):
                 if count == rows_max:
                     return extents, present
-                header = file.header(present, chunk_size)
-                extents += [Extent(present, *run) for run in chunk.present_runs(header)]
+                header = rows.header(present, chunk_size)
+                extents += [Extent(present, *run) for run in chunkplan.present_runs(header)]
         return extents, None
 
     def verify(self, inode: int, column: int) -> Sequence[Finding]:
@@ -366,22 +363,24 @@ class ChunkStore:
 
         The file is free for others between two rows.
         """
-        findings: list[Finding] = []
         with self._locked(inode, column) as file:
+            rows = file.open()
             try:
-                chunk_size = file.discover_chunk_size() if file.open() else None
+                chunk_size = rows.discover_chunk_size() if rows is not None else None
             except KaError as error:
                 return [Finding(inode, column, 0, None, error.message)]
         if chunk_size is None:
-            return findings
+            return []
+        findings: list[Finding] = []
         row: int | None = 0
         while row is not None:
             with self._locked(inode, column) as file:
-                row = next(file.rows_from(row, chunk_size), None) if file.open() else None
-                if row is None:
+                rows = file.open()
+                row = next(rows.rows_from(row, chunk_size), None) if rows is not None else None
+                if rows is None or row is None:
                     break
                 try:
-                    blocks = file.damaged_blocks(file.header(row, chunk_size))
+                    blocks = rows.damaged_blocks(rows.header(row, chunk_size))
                 except KaError as error:
                     findings.append(Finding(inode, column, row, None, error.message))
                 else:
