@@ -1,15 +1,14 @@
 """The chunk store of one iod: all chunk files below one directory.
 
-Blocking; called from worker threads.  It owns the directory (a second opener is refused), decides
-which chunk files are open, and lets one thread at a time into each of them; two chunk files never
-wait for each other.  What it raises is KaError.
+Blocking; called from worker threads.  It owns the directory (a second opener is refused) and lets
+one thread at a time into each chunk file; two chunk files never wait for each other.  What it
+raises is KaError.
 
 Position: chunk.py (format) -> chunkfile.py (order of system calls) -> this -> the iod's server.
 
 Invariants
   * data come in and go out with their block sums: a payload that fails them changes nothing,
     stored data that fail them are never returned;
-  * at most `fd_cache_max` chunk files are open, besides those in use at this moment;
   * after `sync` returns, everything written before it was called survives a power loss.
 
 Not here: striping, epochs, replication, the network.  `trim`, `zero` and `remove` reach stable
@@ -21,11 +20,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -36,14 +33,13 @@ from common.checksum import ABSENT, Buffer, block_sum
 from common.errors import Code, KaError, from_errno
 from nfsp.iod import chunk, chunkplan
 from nfsp.iod.chunk import BLOCK_SIZE, BOOT_ID_SIZE
+from nfsp.iod.chunkcache import ChunkFileCache
 from nfsp.iod.chunkfile import ChunkFile, Payload
 from nfsp.iod.chunkrows import OpenFile
 from nfsp.iod.chunktree import ChunkFileInfo, ChunkTree
 from nfsp.iod.disk import Disk
 
 __all__ = ["ChunkFileInfo", "ChunkStore", "Extent", "Finding", "ReadPlan", "Usage"]
-
-_log = logging.getLogger(__name__)
 
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 _RESERVE_BYTES = 64 * 1024 * 1024  # headers and metadata of the local file system
@@ -140,7 +136,6 @@ class ChunkStore:
         self._disk = disk or Disk()
         self._boot_id = boot_id or bytes.fromhex(_BOOT_ID_PATH.read_text().strip().replace("-", ""))
         assert len(self._boot_id) == BOOT_ID_SIZE
-        self._fd_cache_max = fd_cache_max
         self._reserve_bytes = reserve_bytes
         self._data = directory / "data"
         try:
@@ -152,9 +147,8 @@ class ChunkStore:
         except OSError as error:
             raise _translated(error, directory=directory) from error
         self._tree = ChunkTree(str(self._data), self._disk)
-        self._mutex = threading.Lock()
-        self._files: OrderedDict[tuple[int, int], ChunkFile] = OrderedDict()
-        self._closed = False
+        self._files = ChunkFileCache(fd_cache_max, self._make_file)
+        self._space_lock = threading.Lock()
         self._space_left = 0
         self._space_known_until_s = 0.0
 
@@ -174,14 +168,8 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close all files and give the directory free; no operation may be under way."""
-        with self._mutex:
-            self._closed = True
-            files = list(self._files.values())
-            self._files.clear()
         try:
-            for file in files:
-                with file.lock:
-                    self._close_quietly(file)
+            self._files.close()
         finally:
             os.close(self._lock_fd)
 
@@ -326,9 +314,7 @@ class ChunkStore:
         Until then, and after a restart of the machine, damage to that data would be taken for the
         trace of an interrupted write.  Files in use at this moment are left for the next time.
         """
-        with self._mutex:
-            keys = [key for key, file in self._files.items() if not file.pins]
-        for inode, column in keys:
+        for inode, column in self._files.idle():
             with self._locked(inode, column) as file:
                 file.settle()
 
@@ -401,67 +387,28 @@ class ChunkStore:
             status.f_ffree,
         )
 
-    # -- which files are open
+    # -- helpers
+
+    def _make_file(self, inode: int, column: int) -> ChunkFile:
+        return ChunkFile(inode, column, tree=self._tree, disk=self._disk, boot_id=self._boot_id)
 
     @contextlib.contextmanager
     def _pinned(self, inode: int, column: int) -> Iterator[ChunkFile]:
-        """Keep the chunk file's object; its lock is not taken."""
-        key = (inode, column)
-        with self._mutex:
-            if self._closed:
-                raise KaError(Code.EBADF, "the chunk store is closed")
-            file = self._files.get(key)
-            if file is None:
-                file = self._files[key] = ChunkFile(
-                    inode, column, tree=self._tree, disk=self._disk, boot_id=self._boot_id
-                )
-            else:
-                self._files.move_to_end(key)
-            file.pins += 1
         try:
-            yield file
+            with self._files.pinned(inode, column) as file:
+                yield file
         except OSError as error:
             raise _translated(error, inode=inode, column=column) from error
-        finally:
-            with self._mutex:
-                file.pins -= 1
-                victim = self._choose_victim()
-            if victim is not None:
-                self._evict(victim)
 
     @contextlib.contextmanager
     def _locked(self, inode: int, column: int) -> Iterator[ChunkFile]:
         with self._pinned(inode, column) as file, file.lock:
             yield file
 
-    def _choose_victim(self) -> ChunkFile | None:
-        """Pin and return the file that was not used for longest, if there are too many."""
-        if len(self._files) <= self._fd_cache_max:
-            return None
-        for file in self._files.values():
-            if not file.pins and not file.sync_failed:
-                file.pins += 1
-                return file
-        return None
-
-    def _evict(self, file: ChunkFile) -> None:
-        with file.lock:
-            self._close_quietly(file)
-        with self._mutex:
-            file.pins -= 1
-            if not file.pins:  # else somebody wants it again, and will open it again
-                del self._files[(file.inode, file.column)]
-
-    def _close_quietly(self, file: ChunkFile) -> None:
-        try:
-            file.close()
-        except OSError as error:
-            _log.warning("cannot settle inode=%d column=%d: %s", file.inode, file.column, error)
-
     def _has_room(self, length: int) -> bool:
         """Return whether new data of *length* leave the reserve untouched."""
         now_s = time.monotonic()
-        with self._mutex:
+        with self._space_lock:
             if now_s >= self._space_known_until_s:
                 self._space_left = self.usage().available_bytes
                 self._space_known_until_s = now_s + _STATVFS_TTL_S

@@ -34,7 +34,7 @@ from tests.support.fault_disk import FaultDisk, Killed, PowerDisk
 QUICK = settings(
     deadline=None, max_examples=800, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-HISTORY = st.lists(ops(), min_size=1, max_size=12)
+HISTORY = st.lists(ops(), min_size=1, max_size=8)
 
 
 @contextlib.contextmanager
