@@ -1,15 +1,14 @@
 """The chunk store of one iod: all chunk files below one directory.
 
-Blocking; called from worker threads.  It owns the directory (a second opener is refused), decides
-which chunk files are open, and lets one thread at a time into each of them; two chunk files never
-wait for each other.  What it raises is KaError.
+Blocking; called from worker threads.  It owns the directory (a second opener is refused) and lets
+one thread at a time into each chunk file; two chunk files never wait for each other.  What it
+raises is KaError.
 
 Position: chunk.py (format) -> chunkfile.py (order of system calls) -> this -> the iod's server.
 
 Invariants
   * data come in and go out with their block sums: a payload that fails them changes nothing,
     stored data that fail them are never returned;
-  * at most `fd_cache_max` chunk files are open, besides those in use at this moment;
   * after `sync` returns, everything written before it was called survives a power loss.
 
 Not here: striping, epochs, replication, the network.  `trim`, `zero` and `remove` reach stable
@@ -21,11 +20,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import logging
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -34,15 +31,15 @@ from types import TracebackType
 
 from common.checksum import ABSENT, Buffer, block_sum
 from common.errors import Code, KaError, from_errno
-from nfsp.iod import chunk
+from nfsp.iod import chunk, chunkplan
 from nfsp.iod.chunk import BLOCK_SIZE, BOOT_ID_SIZE
-from nfsp.iod.chunkfile import ChunkFile, OpenFile
+from nfsp.iod.chunkcache import ChunkFileCache
+from nfsp.iod.chunkfile import ChunkFile, Payload
+from nfsp.iod.chunkrows import OpenFile
 from nfsp.iod.chunktree import ChunkFileInfo, ChunkTree
 from nfsp.iod.disk import Disk
 
 __all__ = ["ChunkFileInfo", "ChunkStore", "Extent", "Finding", "ReadPlan", "Usage"]
-
-_log = logging.getLogger(__name__)
 
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 _RESERVE_BYTES = 64 * 1024 * 1024  # headers and metadata of the local file system
@@ -139,7 +136,6 @@ class ChunkStore:
         self._disk = disk or Disk()
         self._boot_id = boot_id or bytes.fromhex(_BOOT_ID_PATH.read_text().strip().replace("-", ""))
         assert len(self._boot_id) == BOOT_ID_SIZE
-        self._fd_cache_max = fd_cache_max
         self._reserve_bytes = reserve_bytes
         self._data = directory / "data"
         try:
@@ -151,9 +147,8 @@ class ChunkStore:
         except OSError as error:
             raise _translated(error, directory=directory) from error
         self._tree = ChunkTree(str(self._data), self._disk)
-        self._mutex = threading.Lock()
-        self._files: OrderedDict[tuple[int, int], ChunkFile] = OrderedDict()
-        self._closed = False
+        self._files = ChunkFileCache(fd_cache_max, self._make_file)
+        self._space_lock = threading.Lock()
         self._space_left = 0
         self._space_known_until_s = 0.0
 
@@ -173,14 +168,8 @@ class ChunkStore:
 
     def close(self) -> None:
         """Close all files and give the directory free; no operation may be under way."""
-        with self._mutex:
-            self._closed = True
-            files = list(self._files.values())
-            self._files.clear()
         try:
-            for file in files:
-                with file.lock:
-                    self._close_quietly(file)
+            self._files.close()
         finally:
             os.close(self._lock_fd)
 
@@ -227,15 +216,9 @@ class ChunkStore:
                     Code.PAYLOAD_CORRUPT, inode=inode, column=column, row=row, block=overlap.block
                 )
         refuse_new = not self._has_room(length)
+        payload = Payload(offset, length, pieces, overlaps, parts, sums)
         with self._locked(inode, column) as file:
-            version = file.write(
-                row,
-                offset,
-                pieces,
-                list(zip(parts, sums, strict=True)),
-                chunk_size=chunk_size,
-                refuse_new=refuse_new,
-            )
+            version = file.write(row, payload, chunk_size=chunk_size, refuse_new=refuse_new)
         if sync:
             self.sync(inode, column)
         return version
@@ -247,14 +230,14 @@ class ChunkStore:
         _check_aligned(row, offset, length, chunk_size)
         first, last = offset // BLOCK_SIZE, (offset + length) // BLOCK_SIZE
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return ReadPlan([ABSENT] * (last - first), None, 0, 0)
-            header = file.header(row, chunk_size)
-            stored = chunk.stored_length(header, offset, length, file.size)
+            header = rows.header(row, chunk_size)
+            stored = chunkplan.stored_length(header, offset, length, rows.size)
             start = chunk.data_start(row, chunk_size) + offset
-            return ReadPlan(
-                list(header.sums[first:last]), file.share() if stored else None, start, stored
-            )
+            held = rows.file.acquire() if stored else None
+            return ReadPlan(list(header.sums[first:last]), held, start, stored)
 
     def read_verified(
         self, inode: int, column: int, row: int, offset: int, length: int, *, chunk_size: int
@@ -266,10 +249,11 @@ class ChunkStore:
         _check_aligned(row, offset, length, chunk_size)
         first, last = offset // BLOCK_SIZE, (offset + length) // BLOCK_SIZE
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return [ABSENT] * (last - first), b""
-            header = file.header(row, chunk_size)
-            return list(header.sums[first:last]), file.read_verified(header, offset, length)
+            header = rows.header(row, chunk_size)
+            return list(header.sums[first:last]), rows.read_verified(header, offset, length)
 
     def trim(self, inode: int, column: int, *, row: int, offset: int, chunk_size: int) -> None:
         """Drop everything at or after that place of the chunk file."""
@@ -296,22 +280,22 @@ class ChunkStore:
         """Make everything written to the chunk file before this call durable."""
         with self._pinned(inode, column) as file, file.sync_lock:
             with file.lock:
-                synced = file.begin_sync()
-                entry_durable = file.entry_durable
-            if synced is None:
-                return
+                rows = file.begin_sync()
+                if rows is None:
+                    return
+                held, entry_durable = rows.file.acquire(), rows.entry_durable
             try:
-                self._disk.fdatasync(synced.fd)
+                self._disk.fdatasync(held.fd)
                 if not entry_durable:
                     self._tree.sync_entry(inode)
             except OSError:
                 with file.lock:
-                    file.fail_sync()
+                    file.sync_failed = True
                 raise
             finally:
-                synced.release()
+                held.release()
             with file.lock:
-                file.end_sync(synced)
+                file.end_sync(rows)
 
     def sync_many(self, keys: Sequence[tuple[int, int]]) -> None:
         """Make several chunk files durable; all are tried, the first failure is raised."""
@@ -330,9 +314,7 @@ class ChunkStore:
         Until then, and after a restart of the machine, damage to that data would be taken for the
         trace of an interrupted write.  Files in use at this moment are left for the next time.
         """
-        with self._mutex:
-            keys = [key for key, file in self._files.items() if not file.pins]
-        for inode, column in keys:
+        for inode, column in self._files.idle():
             with self._locked(inode, column) as file:
                 file.settle()
 
@@ -352,13 +334,14 @@ class ChunkStore:
         _check_range(row, 0, 1, chunk_size)
         extents: list[Extent] = []
         with self._locked(inode, column) as file:
-            if not file.open():
+            rows = file.open()
+            if rows is None:
                 return extents, None
-            for count, present in enumerate(file.rows_from(row, chunk_size)):
+            for count, present in enumerate(rows.rows_from(row, chunk_size)):
                 if count == rows_max:
                     return extents, present
-                header = file.header(present, chunk_size)
-                extents += [Extent(present, *run) for run in chunk.present_runs(header)]
+                header = rows.header(present, chunk_size)
+                extents += [Extent(present, *run) for run in chunkplan.present_runs(header)]
         return extents, None
 
     def verify(self, inode: int, column: int) -> Sequence[Finding]:
@@ -366,22 +349,24 @@ class ChunkStore:
 
         The file is free for others between two rows.
         """
-        findings: list[Finding] = []
         with self._locked(inode, column) as file:
+            rows = file.open()
             try:
-                chunk_size = file.discover_chunk_size() if file.open() else None
+                chunk_size = rows.discover_chunk_size() if rows is not None else None
             except KaError as error:
                 return [Finding(inode, column, 0, None, error.message)]
         if chunk_size is None:
-            return findings
+            return []
+        findings: list[Finding] = []
         row: int | None = 0
         while row is not None:
             with self._locked(inode, column) as file:
-                row = next(file.rows_from(row, chunk_size), None) if file.open() else None
-                if row is None:
+                rows = file.open()
+                row = next(rows.rows_from(row, chunk_size), None) if rows is not None else None
+                if rows is None or row is None:
                     break
                 try:
-                    blocks = file.damaged_blocks(file.header(row, chunk_size))
+                    blocks = rows.damaged_blocks(rows.header(row, chunk_size))
                 except KaError as error:
                     findings.append(Finding(inode, column, row, None, error.message))
                 else:
@@ -402,67 +387,28 @@ class ChunkStore:
             status.f_ffree,
         )
 
-    # -- which files are open
+    # -- helpers
+
+    def _make_file(self, inode: int, column: int) -> ChunkFile:
+        return ChunkFile(inode, column, tree=self._tree, disk=self._disk, boot_id=self._boot_id)
 
     @contextlib.contextmanager
     def _pinned(self, inode: int, column: int) -> Iterator[ChunkFile]:
-        """Keep the chunk file's object; its lock is not taken."""
-        key = (inode, column)
-        with self._mutex:
-            if self._closed:
-                raise KaError(Code.EBADF, "the chunk store is closed")
-            file = self._files.get(key)
-            if file is None:
-                file = self._files[key] = ChunkFile(
-                    inode, column, tree=self._tree, disk=self._disk, boot_id=self._boot_id
-                )
-            else:
-                self._files.move_to_end(key)
-            file.pins += 1
         try:
-            yield file
+            with self._files.pinned(inode, column) as file:
+                yield file
         except OSError as error:
             raise _translated(error, inode=inode, column=column) from error
-        finally:
-            with self._mutex:
-                file.pins -= 1
-                victim = self._choose_victim()
-            if victim is not None:
-                self._evict(victim)
 
     @contextlib.contextmanager
     def _locked(self, inode: int, column: int) -> Iterator[ChunkFile]:
         with self._pinned(inode, column) as file, file.lock:
             yield file
 
-    def _choose_victim(self) -> ChunkFile | None:
-        """Pin and return the file that was not used for longest, if there are too many."""
-        if len(self._files) <= self._fd_cache_max:
-            return None
-        for file in self._files.values():
-            if not file.pins and not file.sync_failed:
-                file.pins += 1
-                return file
-        return None
-
-    def _evict(self, file: ChunkFile) -> None:
-        with file.lock:
-            self._close_quietly(file)
-        with self._mutex:
-            file.pins -= 1
-            if not file.pins:  # else somebody wants it again, and will open it again
-                del self._files[(file.inode, file.column)]
-
-    def _close_quietly(self, file: ChunkFile) -> None:
-        try:
-            file.close()
-        except OSError as error:
-            _log.warning("cannot settle inode=%d column=%d: %s", file.inode, file.column, error)
-
     def _has_room(self, length: int) -> bool:
         """Return whether new data of *length* leave the reserve untouched."""
         now_s = time.monotonic()
-        with self._mutex:
+        with self._space_lock:
             if now_s >= self._space_known_until_s:
                 self._space_left = self.usage().available_bytes
                 self._space_known_until_s = now_s + _STATVFS_TTL_S

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import random
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +32,9 @@ from tests.support.chunk_model import (
 from tests.support.fault_disk import FaultDisk, Killed, PowerDisk
 
 QUICK = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    deadline=None, max_examples=800, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
-HISTORY = st.lists(ops(), min_size=1, max_size=12)
+HISTORY = st.lists(ops(), min_size=1, max_size=8)
 
 
 @contextlib.contextmanager
@@ -172,7 +173,100 @@ def test_every_kill_point_of_the_usual_operations_is_safe(
     assert 1 <= fail_at < 19
 
 
-@settings(QUICK, max_examples=150)
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.5, 0.99])
+def test_chunk_cut_by_a_kill_is_recovered_before_the_file_grows_over_it(
+    tmp_path: Path, part: float
+) -> None:
+    cut = Op("write", length=_W, fill=1)
+    model = _stop(tmp_path, [], cut, Killed(), 0, part)
+    assert model is not None
+    next_row = Op("write", row=1, length=_W, fill=2)
+    with opened(tmp_path, boot_id=b"b" * 16) as store:
+        apply_to_store(store, next_row)
+        apply_to_model(model, next_row)
+        _old_or_new(store, model, cut)
+
+
+@pytest.mark.parametrize("offset", [6000, 50000])
+def test_bytes_of_a_write_that_was_killed_do_not_appear_around_the_next_one(
+    tmp_path: Path, offset: int
+) -> None:
+    killed = Op("write", row=1, offset=5000, length=40000, fill=1)
+    model = _stop(tmp_path, [], killed, Killed(), 1, 0.0)
+    assert model is not None
+    small = Op("write", row=1, offset=offset, length=10, fill=2)
+    with opened(tmp_path, boot_id=b"b" * 16) as store:
+        apply_to_store(store, small)
+        apply_to_model(model, small)
+        _compare(store, model)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_power_loss_after_the_usual_operations_is_safe(tmp_path: Path, name: str) -> None:
+    before, op = SCENARIOS[name]
+    for seed in range(40):
+        root = tmp_path / str(seed)
+        disk = PowerDisk()
+        model = new_model()
+        with opened(root, disk) as store:
+            for earlier in [*before, *(Op("sync", key) for key in KEYS)]:
+                apply_to_store(store, earlier)
+                apply_to_model(model, earlier)
+            if seed % 2:
+                store.settle()
+                store.sync(*op.key)
+            apply_to_store(store, op)
+            if seed % 3:
+                store.settle()
+        disk.lose_power(random.Random(seed), root / "data")
+        with opened(root, boot_id=b"b" * 16) as store:
+            _old_or_new(store, model, op)
+
+
+def test_write_during_a_sync_is_not_taken_for_durable(tmp_path: Path) -> None:
+    class BusyDisk(PowerDisk):
+        during: Op | None = None
+
+        def fdatasync(self, fd: int) -> None:
+            super().fdatasync(fd)
+            if self.during is not None:
+                op, self.during = self.during, None
+                writer = threading.Thread(target=apply_to_store, args=(store, op))
+                writer.start()
+                writer.join()
+
+    first, second = (Op("write", length=_W, fill=fill) for fill in (1, 2))
+    for seed in range(20):
+        root, disk, model = tmp_path / str(seed), BusyDisk(), new_model()
+        with opened(root, disk) as store:
+            apply_to_store(store, first)
+            apply_to_model(model, first)
+            disk.during = second
+            apply_to_store(store, Op("sync"))
+            assert disk.during is None
+            store.settle()
+        disk.lose_power(random.Random(seed), root / "data")
+        with opened(root, boot_id=b"b" * 16) as store:
+            _old_or_new(store, model, second)
+
+
+def test_power_loss_does_not_bring_back_bytes_of_a_write_that_was_killed(tmp_path: Path) -> None:
+    killed = Op("write", row=1, offset=0, length=32768, fill=1)
+    later = Op("write", row=1, offset=0, length=32768, fill=2)
+    for seed in range(20):
+        root = tmp_path / str(seed)
+        model = _stop(root, [Op("write", row=2, length=1, fill=3)], killed, Killed(), 1, 0.0)
+        assert model is not None
+        disk = PowerDisk()
+        with opened(root, disk, boot_id=b"b" * 16) as store:
+            store.sync(*killed.key)
+            apply_to_store(store, later)
+        disk.lose_power(random.Random(seed), root / "data")
+        with opened(root, boot_id=b"c" * 16) as store:
+            _old_or_new(store, model, later)
+
+
+@settings(QUICK, max_examples=80)
 @given(st.lists(HISTORY, min_size=1, max_size=3), st.randoms(use_true_random=False))
 def test_power_loss_keeps_what_was_synced_and_is_never_taken_for_corruption(
     lives: list[list[Op]], rng: random.Random
