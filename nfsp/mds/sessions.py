@@ -13,7 +13,8 @@ file, nobody can tell their unreported chunks from the dead one's: then a writer
 stays, and the last writer that leaves has the tail trimmed.
 
 Order for the server: take the session (or the closed inode) out of the table, then call
-`expire_session` until it is done (or `close_inode`), then `sweep_orphans`.
+`expire_session` until it is done (or `close_inode`), then `sweep_orphans`.  No session expires
+while the table is incomplete (after a restart): its tails would wait for writers that are not there.
 
 Not here: session ids, time-outs, the table.
 """
@@ -115,8 +116,7 @@ def close_inode(view: View, m: wire.Close, context: Context) -> Outcome:
         writes[writer] = None
     if not context.is_open(ino) and view.get(keys.orphan(ino)) is not None:
         return Outcome(DONE, writes, erase(view, inode_at(view, ino), writes))
-    lost = keys.writer(SESSION_LOST, ino)
-    if wrote_it and not context.is_written(ino) and view.get(lost) is not None:
+    if wrote_it and view.get(keys.writer(SESSION_LOST, ino)) is not None:
         return Outcome(DONE, writes, _trim_tail(view, ino, context, writes))
     return Outcome(DONE, writes)
 

@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import Code, KaError
 from nfsp import wire
-from nfsp.mds import attributes, namespace, queues, rename, sessions, xattrs
+from nfsp.mds import attributes, create, namespace, queues, rename, sessions, xattrs
 from nfsp.mds.placement import Placement
 from nfsp.mds.view import Context, Effect, Opened, Outcome, PurgeReady, TrimReady
 from nfsp.model import ROOT, Chain, ClusterMap, Dentry, Inode, Iod, Layout, Superblock
@@ -39,7 +39,7 @@ class Space:
         self.effects: tuple[Effect, ...] = ()
         """Follow-ups of the last operation, without Opened."""
         self.placement = Placement(SUPERBLOCK.layout, cluster_map)
-        self.view.apply(namespace.mkfs(SUPERBLOCK, cluster_map, now_ns=START_NS))
+        self.view.apply(create.mkfs(SUPERBLOCK, cluster_map, now_ns=START_NS))
 
     def context(self) -> Context:
         return Context(
@@ -111,7 +111,7 @@ class Space:
         message = wire.Create(
             0, 0, parent, name, mode, uid, gid, umask, rdev, target, open, exclusive
         )
-        return Inode.decode(self.do(namespace.create, message).inode)
+        return Inode.decode(self.do(create.create, message).inode)
 
     def mkdir(self, parent: int, name: bytes, mode: int = 0o755, umask: int = 0) -> Inode:
         return self.create(parent, name, stat.S_IFDIR | mode, umask=umask)
