@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import xxhash
 
-__all__ = ["ABSENT", "Buffer", "block_sum", "digest"]
+__all__ = ["ABSENT", "Buffer", "block_sum", "digest", "digest_bytes"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,3 +40,8 @@ def block_sum(pieces: Iterable[Buffer], block_size: int) -> int:
     if length < block_size:
         state.update(_ZEROS[: block_size - length])
     return int(state.intdigest()) or 1
+
+
+def digest_bytes(data: Buffer) -> bytes:
+    """Return the XXH3-64 of *data* as 8 bytes, big endian: to be stored and compared as such."""
+    return xxhash.xxh3_64_digest(data)

@@ -12,7 +12,7 @@ queue is one range.  docs/on-disk-format.md#keys is this table in words.
                              the size is 2^63 - 1 when chunks may reach beyond the recorded one
     t <ino>                  trim queue: [layout, size]: chunks behind size are to be dropped
     s <session>              client session
-    r <session> <slot>       last mutation of a slot: [sequence, answer, error number, error line]
+    r <session> <slot>       last mutation of a slot: [sequence, answer]
     w <session> <ino>        opened for writing: []: chunks may reach beyond the recorded size;
                              session 0: left by an expired session while others wrote on
     m <name>                 superblock, cluster map, counters (the next number: an integer)

@@ -43,7 +43,7 @@ class SessionResume(NamedTuple):
 
     session: int
     opens: list[Any]
-    """[ino, writable] pairs."""
+    """[ino, count, writable] each."""
 
 
 @MDS.message(3)
@@ -157,7 +157,7 @@ class StatFsReply(NamedTuple):
 class Open(NamedTuple):
     """Note that the session has the inode open -> `InodeReply`.
 
-    Repeating it is harmless: opens are a set with a `writable` mark, not a count.
+    Opens are counted by session; `Close` says how many have ended.
     """
 
     ino: int
@@ -166,9 +166,10 @@ class Open(NamedTuple):
 
 @MDS.message(31)
 class Close(NamedTuple):
-    """The session's last handle on the inode is closed -> `Done`."""
+    """A NOTIFY without answer: so many of the session's opens of the inode have ended."""
 
     ino: int
+    open_count: int
 
 
 # ---------------------------------------------------------------- mutations
@@ -481,16 +482,21 @@ class ListChunksReply(NamedTuple):
 
 @IOD.message(11)
 class Extents(NamedTuple):
-    """Which blocks of a chunk file are present -> `ExtentsReply`."""
+    """Which blocks of a chunk file are present, from `row` on -> `ExtentsReply`."""
 
     ino: int
     column: int
+    chunk_size: int
+    row: int
+    row_count_max: int
 
 
 @IOD.message(12)
 class ExtentsReply(NamedTuple):
     extents: list[Any]
     """[row, offset, length] each, in order, of present blocks."""
+    next_row: int
+    """Where to go on; -1: that was all."""
 
 
 @IOD.message(13)
@@ -534,3 +540,4 @@ class IodStatus(NamedTuple):
 @IOD.message(19)
 class IodStatusReply(NamedTuple):
     status: bytes
+    """A msgpack map of names and numbers; docs/operations.md#status names them."""

@@ -4,8 +4,9 @@ Pure (see view.py).  The server keeps the table of who has what open; the store 
 survive it: a writer record while a session has a file open for writing (chunks may reach beyond
 the recorded size), an orphan record for an inode without a name that somebody has open.
 
-Exactly once: each slot's record holds the last sequence and its answer or error, written in the
-batch of the mutation itself.  The same (slot, sequence) again gets the answer again.
+Exactly once: each slot's record holds the last sequence and its answer, written in the batch of
+the mutation itself.  The same (slot, sequence) again gets the answer again.  A mutation that was
+refused changed nothing and leaves no record: repeated, it is simply decided again.
 
 When a session ends without closing its files, what it wrote behind the recorded size must go: if
 such bytes stayed, a later growth of the file would show them.  While other sessions write the
@@ -24,7 +25,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from common import codec
-from common.errors import Code, KaError, from_number
+from common.errors import Code, KaError
 from nfsp import keys, wire
 from nfsp.mds.queues import trim, wait_trim
 from nfsp.mds.view import (
@@ -43,7 +44,7 @@ from nfsp.mds.view import (
 )
 from nfsp.model import FILE_SIZE_MAX, Inode
 
-__all__ = ["Step", "answered", "close_inode", "expire_session", "failed", "open_inode", "replay"]
+__all__ = ["Step", "answered", "close_inode", "expire_session", "open_inode", "replay"]
 __all__ += ["sweep_orphans", "writers"]
 
 SLOT_MAX = (1 << 16) - 1
@@ -53,34 +54,26 @@ SLOT_MAX = (1 << 16) - 1
 
 
 def replay(view: View, session: int, slot: int, sequence: int) -> bytes | None:
-    """Return the stored answer of a mutation seen before, None for the slot's next one.
+    """Return the stored answer of a mutation seen before, None for a new one.
 
-    Raises the stored error of a mutation that failed, PROTOCOL for any other sequence.
+    Numbers may skip: what was refused, or never arrived, leaves no record.  Raises PROTOCOL for a
+    number older than the last one answered.
     """
     require(0 <= slot <= SLOT_MAX, Code.PROTOCOL, "no such slot")
     record = view.get(keys.slot(session, slot))
-    last = 0
-    if record is not None:
-        last, answer, number, line = codec.decode(record)
-        if sequence == last:
-            if number:
-                raise KaError(from_number(number), line)
-            assert type(answer) is bytes
-            return answer
-    if sequence != last + 1:
-        raise KaError(Code.PROTOCOL, f"slot {slot} is at {last}, not at {sequence}")
+    if record is None:
+        return None
+    last, answer = codec.decode(record)
+    if sequence == last:
+        assert type(answer) is bytes
+        return answer
+    require(sequence > last, Code.PROTOCOL, f"slot {slot} is at {last}, not at {sequence}")
     return None
 
 
 def answered(session: int, slot: int, sequence: int, answer: bytes) -> Writes:
     """Return the record of a mutation's encoded reply, to go into the mutation's own batch."""
-    return {keys.slot(session, slot): codec.encode((sequence, answer, 0, ""))}
-
-
-def failed(session: int, slot: int, sequence: int, error: KaError) -> Writes:
-    """Return the record of a mutation that was refused."""
-    record = (sequence, b"", error.code.number, error.message)
-    return {keys.slot(session, slot): codec.encode(record)}
+    return {keys.slot(session, slot): codec.encode((sequence, answer))}
 
 
 # ---------------------------------------------------------------- opening and closing

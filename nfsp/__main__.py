@@ -1,0 +1,5 @@
+"""`python -m nfsp` is `nfsp`."""
+
+from nfsp.cli import main
+
+main()

@@ -1,0 +1,116 @@
+"""The system calls on chunk files, behind one small object.
+
+`Disk` adds nothing but completeness: short reads and writes are continued, a file system without
+holes is made to look as if it had them.  Tests put another object in its place to stop, refuse or
+record; that is why every change of a chunk file goes through here.
+
+Errors stay OSError; the chunk store translates them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Sequence
+
+from common.checksum import Buffer
+
+__all__ = ["Disk"]
+
+_FALLOC_KEEP_SIZE = 1
+_FALLOC_PUNCH_HOLE = 2
+_IOVECS_MAX = 1024  # IOV_MAX of Linux
+_ZEROS = bytes(1 << 20)
+
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fallocate.restype = ctypes.c_int
+
+
+class Disk:
+    """The real system calls."""
+
+    def pwritev(self, fd: int, pieces: Sequence[Buffer], offset: int) -> None:
+        """Write all *pieces* one after the other; a failure may leave a part written."""
+        rest = list(pieces)
+        while rest:
+            written = os.pwritev(fd, rest[:_IOVECS_MAX], offset)
+            offset += written
+            done = 0
+            while done < len(rest) and written >= len(rest[done]):
+                written -= len(rest[done])
+                done += 1
+            del rest[:done]
+            if written:
+                rest[0] = memoryview(rest[0])[written:]
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        """Return up to *length* bytes; less only at the end of the file."""
+        data = os.pread(fd, length, offset)
+        while data and len(data) < length:
+            more = os.pread(fd, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def ftruncate(self, fd: int, size: int) -> None:
+        os.ftruncate(fd, size)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Make a range inside the file read as zeros; gives its space back where possible."""
+        try:
+            self._fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            end = min(offset + length, os.fstat(fd).st_size)
+            while offset < end:
+                offset += os.pwrite(fd, _ZEROS[: end - offset], offset)
+
+    def allocate(self, fd: int, offset: int, length: int) -> None:
+        """Reserve space so that writing there cannot run out of it; the size stays."""
+        try:
+            self._fallocate(fd, _FALLOC_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def fsync_directory(self, path: str) -> None:
+        """Make the entries of a directory durable; one that is gone has none."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def next_data(self, fd: int, offset: int) -> int | None:
+        """Return where the first allocated byte at or after *offset* is, or None."""
+        try:
+            return os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return None
+
+    def next_hole(self, fd: int, offset: int) -> int:
+        """Return where the first hole at or after *offset* is; the end of the file is one."""
+        try:
+            return os.lseek(fd, offset, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            return offset
+
+    def _fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        while _fallocate(fd, mode, offset, length):
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))

@@ -1,0 +1,277 @@
+"""The data I/O daemon: the chunk store behind the wire.
+
+Every disk operation runs in a worker thread (`THREADS_MAX` of them); a read's payload goes from
+the file to the socket by sendfile.  The store keeps the order per chunk file.  Requests of an
+older connection of the same client never run beside those of its newer one (`endpoint.serve`),
+so a write that was given up and repeated cannot arrive late and undo a newer one.
+
+A request made under an older cluster map than the mds has announced is refused (EPOCH_STALE).
+
+Not here: what files look like (`nfsp.striping`), who may write what (the cluster key decides).
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import trio
+
+from common import codec, log, metrics
+from common.endpoint import listen, serve
+from common.errors import Code, KaError
+from common.metrics import counter
+from common.session import Identity
+from common.transport import Connection, FilePayload, Reply
+from nfsp import wire
+from nfsp.config import ClusterConfig, IodConfig
+from nfsp.iod.chunkstore import ChunkStore, ReadPlan
+from nfsp.model import CHUNK_SIZE_MAX
+
+__all__ = ["IodServer", "run_iod"]
+
+THREADS_MAX = 16
+"""Enough to keep a disk busy; more only queue in the kernel."""
+SETTLE_INTERVAL_S = 5.0
+LIST_COUNT_MAX = 1000
+
+_log = log.get("nfsp.iod")
+_bytes_read = counter("nfsp_iod_read_bytes_total", "Bytes of chunks sent to readers")
+_bytes_written = counter("nfsp_iod_written_bytes_total", "Bytes of chunks stored")
+_requests = counter("nfsp_iod_requests_total", "Requests served", "operation")
+_corrupt = counter("nfsp_iod_corrupt_total", "Reads refused because stored data are damaged")
+
+_T = TypeVar("_T")
+_DONE = Reply(wire.IOD.encode(wire.IodDone()))
+
+
+class IodServer:
+    """Answers requests from one chunk store."""
+
+    def __init__(self, store: ChunkStore, iod: int) -> None:
+        self._store = store
+        self._iod = iod
+        self._epoch = 0
+        self._threads = trio.CapacityLimiter(THREADS_MAX)
+        self._started = time.time()
+        self._log = _log.bind(iod=iod)
+        self._handlers: dict[type, Callable[[Any, memoryview | None], Awaitable[Reply]]] = {
+            wire.Write: self._write,
+            wire.Read: self._read,
+            wire.SyncChunks: self._sync,
+            wire.Trim: self._trim,
+            wire.Zero: self._zero,
+            wire.Remove: self._remove,
+            wire.ListChunks: self._list,
+            wire.Extents: self._extents,
+            wire.Verify: self._verify,
+            wire.IodStatFs: self._statfs,
+            wire.IodStatus: self._status,
+        }
+
+    def handle(
+        self, connection: Connection, body: bytes, payload: memoryview | None
+    ) -> Reply | Awaitable[Reply | None]:
+        """The transport's handler."""
+        message = wire.IOD.decode(body)
+        if type(message) is wire.Fence:
+            return self._fence(connection, message)
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise KaError(Code.PROTOCOL, f"{type(message).__name__} is not a request")
+        _requests.labels(type(message).__name__).inc()
+        epoch = getattr(message, "epoch", self._epoch)
+        if epoch < self._epoch:
+            raise KaError(Code.EPOCH_STALE, f"cluster map {epoch}, this iod knows {self._epoch}")
+        return handler(message, payload)
+
+    async def settle_for_ever(self) -> None:
+        """Write down, in quiet moments, what has become durable."""
+        while True:
+            await trio.sleep(SETTLE_INTERVAL_S)
+            try:
+                await self._in_thread(self._store.settle)
+            except KaError as error:
+                self._log.warning("settle.failed", reason=str(error))
+
+    async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
+        return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
+
+    def _fence(self, connection: Connection, message: wire.Fence) -> Reply:
+        if connection.role != "mds":
+            raise KaError(Code.EPERM, "only an mds announces a cluster map")
+        if message.epoch > self._epoch:
+            self._log.info("map.announced", epoch=message.epoch)
+            self._epoch = message.epoch
+        return _DONE
+
+    async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
+        if payload is None or len(m.sums) % 8:
+            raise KaError(Code.PROTOCOL, "a write without data or sums")
+        sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
+        data = payload
+
+        def store() -> None:
+            self._store.write(
+                m.ino, m.column, m.row, m.offset, [data], sums,
+                chunk_size=m.chunk_size, sync=m.sync,
+            )  # fmt: skip
+
+        await self._in_thread(store)
+        _bytes_written.inc(len(data))
+        return _DONE
+
+    async def _read(self, m: wire.Read, payload: memoryview | None) -> Reply:
+        if not 0 < m.length <= CHUNK_SIZE_MAX:
+            raise KaError(Code.EINVAL, "a read of no or too many bytes")
+        if m.verified:
+            return await self._read_verified(m)
+
+        def plan() -> ReadPlan:
+            return self._store.read(
+                m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size
+            )
+
+        with self._noting_damage(m):
+            found = await self._in_thread(plan)
+        body = wire.IOD.encode(wire.ReadReply(struct.pack(f"<{len(found.sums)}Q", *found.sums)))
+        _bytes_read.inc(found.length)
+        if not found.length:
+            found.release()
+            return Reply(body)
+        return Reply(body, FilePayload(found.fd, found.file_offset, found.length, found.release))
+
+    async def _read_verified(self, m: wire.Read) -> Reply:
+        def read() -> tuple[list[int], bytes]:
+            return self._store.read_verified(
+                m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size
+            )
+
+        with self._noting_damage(m):
+            sums, data = await self._in_thread(read)
+        body = wire.IOD.encode(wire.ReadReply(struct.pack(f"<{len(sums)}Q", *sums)))
+        return Reply(body, data or None)
+
+    async def _sync(self, m: wire.SyncChunks, payload: memoryview | None) -> Reply:
+        await self._in_thread(self._store.sync_many, _pairs(m.files))
+        return _DONE
+
+    async def _trim(self, m: wire.Trim, payload: memoryview | None) -> Reply:
+        def trim() -> None:
+            self._store.trim(
+                m.ino, m.column, row=m.row, offset=m.offset, chunk_size=m.chunk_size
+            )
+
+        await self._in_thread(trim)
+        return _DONE
+
+    async def _zero(self, m: wire.Zero, payload: memoryview | None) -> Reply:
+        def zero() -> None:
+            self._store.zero(
+                m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size
+            )
+
+        await self._in_thread(zero)
+        return _DONE
+
+    async def _remove(self, m: wire.Remove, payload: memoryview | None) -> Reply:
+        files = _pairs(m.files)
+
+        def remove() -> None:
+            for ino, column in files:
+                self._store.remove(ino, column)
+
+        await self._in_thread(remove)
+        return _DONE
+
+    async def _list(self, m: wire.ListChunks, payload: memoryview | None) -> Reply:
+        after = (m.after_ino, m.after_column) if m.after_ino > 0 else None
+        limit = max(1, min(m.count_max, LIST_COUNT_MAX))
+        files = await self._in_thread(self._store.list, after, limit)
+        rows = [[file.inode, file.column, file.size, file.allocated_size] for file in files]
+        return Reply(wire.IOD.encode(wire.ListChunksReply(rows)))
+
+    async def _extents(self, m: wire.Extents, payload: memoryview | None) -> Reply:
+        def extents() -> wire.ExtentsReply:
+            found, next_row = self._store.extents(
+                m.ino, m.column, chunk_size=m.chunk_size, row=m.row,
+                rows_max=max(1, min(m.row_count_max, LIST_COUNT_MAX)),
+            )  # fmt: skip
+            rows = [[one.row, one.start, one.end - one.start] for one in found]
+            return wire.ExtentsReply(rows, -1 if next_row is None else next_row)
+
+        return Reply(wire.IOD.encode(await self._in_thread(extents)))
+
+    async def _verify(self, m: wire.Verify, payload: memoryview | None) -> Reply:
+        findings = await self._in_thread(self._store.verify, m.ino, m.column)
+        lines = [
+            f"inode {one.inode} column {one.column} row {one.row} block {one.block}: {one.message}"
+            for one in findings
+        ]
+        return Reply(wire.IOD.encode(wire.VerifyReply(lines)))
+
+    async def _statfs(self, m: wire.IodStatFs, payload: memoryview | None) -> Reply:
+        usage = await self._in_thread(self._store.usage)
+        reply = wire.IodStatFsReply(usage.total_bytes, usage.free_bytes, usage.available_bytes)
+        return Reply(wire.IOD.encode(reply))
+
+    async def _status(self, m: wire.IodStatus, payload: memoryview | None) -> Reply:
+        usage = await self._in_thread(self._store.usage)
+        status = {
+            "iod": self._iod,
+            "uptime_s": round(time.time() - self._started, 3),
+            "map_epoch": self._epoch,
+            "total_bytes": usage.total_bytes,
+            "free_bytes": usage.free_bytes,
+            "available_bytes": usage.available_bytes,
+            "metrics": metrics.values(),
+        }
+        return Reply(wire.IOD.encode(wire.IodStatusReply(codec.encode(status))))
+
+    @contextmanager
+    def _noting_damage(self, m: wire.Read) -> Iterator[None]:
+        try:
+            yield
+        except KaError as error:
+            if error.code is Code.CHUNK_CORRUPT:
+                _corrupt.inc()
+                self._log.error(
+                    "read.corrupt", ino=m.ino, column=m.column, row=m.row, reason=str(error)
+                )
+            raise
+
+
+def _pairs(files: list[Any]) -> list[tuple[int, int]]:
+    """Return the (inode, column) pairs of a message."""
+    pairs = []
+    for item in files:
+        if type(item) is not list or len(item) != 2 or {type(part) for part in item} != {int}:
+            raise KaError(Code.PROTOCOL, "not a list of (inode, column) pairs")
+        pairs.append((item[0], item[1]))
+    return pairs
+
+
+async def run_iod(
+    config: ClusterConfig, iod: IodConfig, key: bytes, *, ready: Callable[[], None]
+) -> None:
+    """Serve one iod until cancelled; `ready` is called when it can be reached."""
+    identity = Identity(config.cluster.id, "iod", f"iod{iod.id}", secrets.token_bytes(16))
+    sockets = listen(iod.address, iod.socket)
+    store = await trio.to_thread.run_sync(
+        lambda: ChunkStore(iod.data, reserve_bytes=iod.reserve)
+    )
+    try:
+        server = IodServer(store, iod.id)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.settle_for_ever)
+            _log.info("iod.started", iod=iod.id, address=iod.address, data=iod.data)
+            ready()
+            await serve(sockets, identity=identity, key=key, handler=server.handle)
+    finally:
+        for sock in sockets:
+            sock.close()
+        store.close()

@@ -1,0 +1,234 @@
+"""Mounting and unmounting: the process around `client.fuse`, its options and its files.
+
+A mount started from DIR/cluster.toml keeps run/mount-NAME.pid (locked while it lives),
+run/mount-NAME.path and log/mount-NAME.log beside it when it may write there, otherwise below
+$XDG_RUNTIME_DIR or /tmp.  NAME is made of the mount point's path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from common.config import parse_size
+from common.errors import Code, KaError
+from nfsp import status
+from nfsp.client import fuse
+from nfsp.client.volume import Volume
+from nfsp.config import ClusterConfig, MountConfig, load_cluster
+from nfsp.process import PidFile, spawn
+
+__all__ = ["MountFiles", "MountOptions", "mount_in_background", "parse_options", "serve_mount"]
+
+UNMOUNT_TIMEOUT_S = 30.0
+_KERNEL_OPTIONS = frozenset(
+    ("ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "dirsync")
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MountOptions:
+    """What `-o` may say."""
+
+    mount: MountConfig
+    durable: bool
+    """Metadata are on stable storage before an operation is answered (exports need it)."""
+    kernel: tuple[str, ...]
+
+
+def parse_options(texts: tuple[str, ...], defaults: MountConfig) -> MountOptions:
+    """Return the options in `-o` arguments; raises KaError USAGE for one that is unknown."""
+    durable = False
+    kernel: list[str] = []
+    changes: dict[str, object] = {}
+    numbers = {"timeout": "timeout_s", "attr_timeout": "attr_timeout_s"}
+    sizes = {"dirty": "dirty_size", "readahead": "readahead"}
+    for option in filter(None, ",".join(texts).split(",")):
+        name, equals, value = option.partition("=")
+        try:
+            if name in _KERNEL_OPTIONS and not equals:
+                kernel.append(name)
+            elif name == "durable" and not equals:
+                durable = True
+            elif name in numbers and equals:
+                changes[numbers[name]] = float(value)
+            elif name in sizes and equals:
+                changes[sizes[name]] = parse_size(value)
+            else:
+                known = sorted({*numbers, *sizes, "durable"} | _KERNEL_OPTIONS)
+                raise KaError(
+                    Code.USAGE, f"unknown mount option {name!r}; there are: {', '.join(known)}"
+                )
+        except ValueError:
+            raise KaError(Code.USAGE, f"mount option {name}: not a number: {value!r}") from None
+    return MountOptions(dataclasses.replace(defaults, **changes), durable, tuple(kernel))  # type: ignore[arg-type]
+
+
+class MountFiles:
+    """Where a mount's pid file and log are."""
+
+    def __init__(self, config_path: Path, mountpoint: Path) -> None:
+        text = str(mountpoint)
+        sum_ = hashlib.blake2b(os.fsencode(text), digest_size=4).hexdigest()
+        name = f"mount-{mountpoint.name or 'root'}-{sum_}"
+        base = config_path.parent
+        if not os.access(base / "run", os.W_OK) and not os.access(base, os.W_OK):
+            folder = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+            base = Path(folder) / f"nfsp-{os.getuid()}"
+        self.log = base / "log" / f"{name}.log"
+        self._path = base / "run" / f"{name}.path"
+        self.pid_file = PidFile(base / "run" / f"{name}.pid")
+        self._mountpoint = text
+
+    def note(self) -> None:
+        """Write down which mount point the pid file is about."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(self._mountpoint)
+
+    def forget(self) -> None:
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+
+def resolve(mountpoint: str) -> Path:
+    """Return the mount point's absolute path, without touching it: it may be dead."""
+    parent, name = os.path.split(os.path.abspath(mountpoint))
+    return Path(os.path.realpath(parent)) / name
+
+
+def mount_in_background(config_path: Path, mountpoint: Path, options: tuple[str, ...]) -> int:
+    """Start the mount's process; return its pid when the mount answers."""
+    config, _key = load_cluster(config_path)
+    parse_options(options, config.mount)
+    fuse.check_mountpoint(str(mountpoint))
+    files = MountFiles(config_path, mountpoint)
+    arguments = ["-c", str(config_path), "mount", str(mountpoint), "--foreground"]
+    for option in options:
+        arguments += ["-o", option]
+    return spawn(arguments, files.log)
+
+
+async def serve_mount(
+    config: ClusterConfig,
+    key: bytes,
+    mountpoint: Path,
+    options: MountOptions,
+    ready: Callable[[], None],
+) -> None:
+    """Mount, and serve until unmounted or cancelled."""
+    fuse.check_mountpoint(str(mountpoint))
+    async with Volume.open(
+        config, key, mount=options.mount, mountpoint=str(mountpoint), durable=options.durable
+    ) as volume:
+        await fuse.mount(
+            volume,
+            str(mountpoint),
+            source=config.cluster.name,
+            attr_timeout_s=options.mount.attr_timeout_s,
+            readahead=options.mount.readahead,
+            options=options.kernel,
+            ready=ready,
+        )
+
+
+def unmount(mountpoint: Path, *, config_path: Path | None = None, lazy: bool = False) -> None:
+    """Unmount, and wait until the mount's process has written everything and ended.
+
+    Raises KaError EBUSY while something uses the mount, USAGE if nothing of ours is mounted.
+    """
+    entry = _mount_entry(mountpoint)
+    if entry is None:
+        raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
+    if not entry.startswith("fuse.nfsp"):
+        raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
+    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    command += (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
+    result = subprocess.run(
+        [*command, "--", str(mountpoint)], capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        reason = (result.stderr or result.stdout).strip().splitlines()
+        busy = any("busy" in line for line in reason)
+        raise KaError(
+            Code.EBUSY if busy else Code.INTERNAL,
+            f"cannot unmount {mountpoint}: {reason[-1] if reason else result.returncode}"
+            + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
+        )
+    _wait_for_end(mountpoint, config_path)
+
+
+def _wait_for_end(mountpoint: Path, config_path: Path | None) -> None:
+    pid = _server_of(mountpoint, config_path)
+    deadline = time.monotonic() + UNMOUNT_TIMEOUT_S
+    while pid is not None and _is_ours(pid):
+        if time.monotonic() > deadline:
+            raise KaError(
+                Code.TIMEOUT, f"unmounted, but process {pid} still writes data; see its log"
+            )
+        time.sleep(0.02)
+
+
+def _server_of(mountpoint: Path, config_path: Path | None) -> int | None:
+    """Return the pid of the process that serves a mount point, if it can be found."""
+    if config_path is not None:
+        return MountFiles(config_path, mountpoint).pid_file.owner()
+    wanted = os.fsencode(mountpoint)
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                if b"mount" in words and wanted in words and b"--foreground" in words:
+                    return int(entry.name)
+    return None
+
+
+def _is_ours(pid: int) -> bool:
+    try:
+        return b"--foreground" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _mount_entry(mountpoint: Path) -> str | None:
+    """Return the type of what is mounted at a path; reads /proc, never the path itself."""
+    found = None
+    with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            _source, where, kind, *_rest = line.split()
+            where = where.encode().decode("unicode_escape").encode("latin-1").decode(
+                "utf-8", "surrogateescape"
+            )
+            if where == str(mountpoint):
+                found = kind
+    return found
+
+
+async def exportable(config: ClusterConfig, key: bytes, mountpoint: str) -> bytes:
+    """Return the file system's UUID if what is mounted there may be exported.
+
+    Raises KaError USAGE unless it is a durable mount of this cluster on this host.
+    """
+    found = await status.gather(config, key)
+    host = socket.gethostname()
+    for mds in found["mds"]:
+        if "error" in mds:
+            raise KaError(Code.UNREACHABLE, f"{mds['name']}: {mds['error']}")
+        for session in mds["sessions"]:
+            if session["mountpoint"] == mountpoint and session["host"] == host:
+                if not session["durable"]:
+                    raise KaError(
+                        Code.USAGE,
+                        f"{mountpoint} is not mounted with -o durable: NFS clients would lose "
+                        "answered changes in a crash; mount it anew",
+                    )
+                fs_uuid: bytes = mds["fs_uuid"]
+                return fs_uuid
+    raise KaError(Code.USAGE, f"{mountpoint} is not a mount of this cluster on this host")
