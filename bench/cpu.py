@@ -1,7 +1,7 @@
 """Processor time of a system's processes, from /proc.
 
 A system runs in a pid namespace of its own with its own /proc, so "every process but the load
-generator" is exactly the system: no pid file is trusted and no helper is missed.  A process's
+generator" is exactly the system: no pid file is trusted and no process is missed.  A process's
 figure contains that of the children it has waited for (cutime, cstime); orphans are waited for by
 the namespace's first process, whose figure is counted too.  So no daemon's time is lost when it
 ends.
@@ -17,7 +17,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["ProcessTime", "Used", "children_of", "parse_stat", "snapshot", "used_between"]
+__all__ = [
+    "ProcessTime",
+    "Used",
+    "children_of",
+    "machine_busy_s",
+    "parse_stat",
+    "snapshot",
+    "used_between",
+]
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -58,6 +66,14 @@ def snapshot(proc: Path = Path("/proc")) -> dict[int, ProcessTime]:
                 continue  # it ended between the listing and the reading
             found[process.pid] = process
     return found
+
+
+def machine_busy_s(proc: Path = Path("/proc")) -> float:
+    """Return the seconds all processors together have been busy, time stolen by a host included."""
+    with (proc / "stat").open() as file:
+        values = [int(value) for value in file.readline().split()[1:9]]
+    user, nice, system, _idle, _iowait, irq, softirq, steal = values
+    return (user + nice + system + irq + softirq + steal) / _TICKS_PER_S
 
 
 def children_of(pid: int, processes: Mapping[int, ProcessTime]) -> set[int]:

@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def _serve() -> None:
-    """Answer questions from standard input until it ends."""
+    """Answer questions from standard input until it ends; the first one is: start."""
     # What programs started from here print must not get between the answers.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -58,7 +58,7 @@ def _serve() -> None:
         question = json.loads(line)
         try:
             if system is None:
-                system, answer = _start(question)
+                system, answer = _start()
             else:
                 answer = _measure(system, question)
         except (KaError, OSError) as error:
@@ -66,22 +66,12 @@ def _serve() -> None:
         print(json.dumps(answer), file=answers)
 
 
-def _start(question: dict[str, Any]) -> tuple[System, dict[str, Any]]:
+def _start() -> tuple[System, dict[str, Any]]:
     command("ip", "link", "set", "lo", "up")
     command("ip", "address", "add", f"{ADDRESS}/32", "dev", "lo")
-    if question["tcp_cc"]:
-        _use_congestion_control(question["tcp_cc"])
     system = SYSTEMS[sys.argv[1]](Path(sys.argv[2]))
     system.start()
     return system, {"version": system.version(), "tcp_cc": tcp_congestion_control()}
-
-
-def _use_congestion_control(name: str) -> None:
-    try:
-        # Of this network namespace; the kernel loads the module if it has one.
-        Path("/proc/sys/net/ipv4/tcp_congestion_control").write_text(name)
-    except FileNotFoundError:
-        raise KaError(Code.USAGE, f"this kernel has no TCP congestion control {name!r}") from None
 
 
 def _measure(system: System, question: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +121,11 @@ def _run(system: System, workload: Workload, place: Place, run: int) -> Sample:
         Path("/proc/sys/vm/drop_caches").write_text("3")
         system.mount()
     client = system.client_pids()
-    before, load_before_s = cpu.snapshot(), _load_cpu_s()
+    before, load_s, busy_s = cpu.snapshot(), -_load_cpu_s(), -cpu.machine_busy_s()
     timed = workload.run(place)
-    after, load_after_s = cpu.snapshot(), _load_cpu_s()
-    used = cpu.used_between(before, after, client=client, load={os.getpid()})
+    busy_s += cpu.machine_busy_s()
+    load_s += _load_cpu_s()
+    used = cpu.used_between(before, cpu.snapshot(), client=client, load={os.getpid()})
     return Sample(
         system=system.name,
         workload=workload.name,
@@ -143,7 +134,8 @@ def _run(system: System, workload: Workload, place: Place, run: int) -> Sample:
         amount=timed.amount,
         cpu_servers_s=used.servers_s,
         cpu_client_s=used.client_s,
-        cpu_load_s=load_after_s - load_before_s,
+        cpu_load_s=load_s,
+        cpu_elsewhere_s=max(0.0, busy_s - load_s - used.servers_s - used.client_s),
     )
 
 

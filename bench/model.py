@@ -94,6 +94,8 @@ class Sample:
     cpu_client_s: float
     cpu_load_s: float
     """Of the load generator itself, its system calls' kernel time included."""
+    cpu_elsewhere_s: float
+    """Of the rest of the machine: what else runs there, and the kernel's own threads."""
 
 
 @dataclass(frozen=True, slots=True)

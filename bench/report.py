@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from bench.model import Failure, Sample, Unit
 
-__all__ = ["Figure", "best_peer", "ratio", "render", "summarise"]
+__all__ = ["Figure", "best_peer", "elsewhere", "ratio", "render", "summarise"]
 
 OURS = "nfsp"
 BASELINE = "local"
@@ -59,6 +59,12 @@ def _figure(samples: Sequence[Sample], unit: Unit) -> Figure:
         client_cpu=sum(sample.cpu_client_s for sample in samples) / work,
         load_cpu=sum(sample.cpu_load_s for sample in samples) / work,
     )
+
+
+def elsewhere(samples: Sequence[Sample], processor_count: int) -> float:
+    """Return the share of the machine that others used while something was timed."""
+    seconds = sum(sample.seconds for sample in samples) * processor_count
+    return sum(sample.cpu_elsewhere_s for sample in samples) / seconds if seconds else 0.0
 
 
 def best_peer(figures: Figures, workload: str) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -23,7 +24,7 @@ from bench.cell import Cell, require_root
 from bench.inside import SYSTEMS
 from bench.model import Failure, Sample, Scale, parse_size
 from bench.realtree import RealTree
-from bench.report import render
+from bench.report import elsewhere, render
 from bench.scratch import scratch
 from bench.workloads import WORKLOADS, groups, plan
 from common.errors import Code, KaError
@@ -48,7 +49,6 @@ class Options:
     run_count: int
     base: Path
     json_file: Path | None
-    tcp_cc: str
     may_install: bool
 
 
@@ -68,8 +68,6 @@ def parse(arguments: Sequence[str]) -> Options:
     parser.add_argument("--scratch", type=Path, default=Path("/var/tmp"), metavar="DIR",
                         help="where all systems store; default: %(default)s")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there")
-    parser.add_argument("--tcp-cc", default="", metavar="NAME",
-                        help="TCP congestion control for all; default: the machine's")  # fmt: skip
     parser.add_argument("--no-install", action="store_true",
                         help="do not install the peers' Debian packages")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="list the workloads and exit")
@@ -92,7 +90,6 @@ def parse(arguments: Sequence[str]) -> Options:
         run_count=run_count,
         base=given.scratch,
         json_file=given.json,
-        tcp_cc=given.tcp_cc,
         may_install=not given.no_install,
     )
 
@@ -122,7 +119,7 @@ def turns(systems: Sequence[str], turn: int) -> list[str]:
     return rotated if turn // len(systems) % 2 == 0 else rotated[::-1]
 
 
-class _Session:
+class _Contest:
     """One run of the benchmark: the cells that are up, and what they gave."""
 
     def __init__(self, options: Options, directory: Path, stack: ExitStack) -> None:
@@ -144,7 +141,7 @@ class _Session:
             return
         cell = self._stack.enter_context(Cell(name, self._directory / name))
         try:
-            answer = cell.ask({"tcp_cc": self._options.tcp_cc}, timeout_s=_START_TIMEOUT_S)
+            answer = cell.ask({}, timeout_s=_START_TIMEOUT_S)
         except KaError as error:
             self._failed(name, "start", error)
             cell.close()  # half a system must not take time from the others
@@ -215,28 +212,30 @@ def _run(options: Options) -> int:
     require_root()
     with scratch(options.base) as directory, ExitStack() as stack:
         _check_space(options, directory)
-        session = _Session(options, directory, stack)
+        contest = _Contest(options, directory, stack)
         for name in options.systems:
-            session.start(name)
-        session.measure()
+            contest.start(name)
+        contest.measure()
+    share = elsewhere(contest.samples, os.cpu_count() or 1)
+    contest.facts["taken elsewhere"] = f"{share:.0%} of the processors' time while timing"
     print(
         render(
-            session.samples,
+            contest.samples,
             UNITS,
             systems=options.systems,
-            facts=session.facts,
-            failures=session.failures,
+            facts=contest.facts,
+            failures=contest.failures,
         )
     )
     if options.json_file is not None:
         document = {
-            "facts": session.facts,
+            "facts": contest.facts,
             "scale": asdict(options.scale),
-            "samples": [asdict(sample) for sample in session.samples],
-            "failures": [asdict(failure) for failure in session.failures],
+            "samples": [asdict(sample) for sample in contest.samples],
+            "failures": [asdict(failure) for failure in contest.failures],
         }
         options.json_file.write_text(json.dumps(document, indent=1) + "\n")
-    return 1 if session.failures else 0
+    return 1 if contest.failures else 0
 
 
 def _on_signal(number: int, _frame: types.FrameType | None) -> None:
