@@ -36,6 +36,8 @@ class Space:
         self.session = 1
         self.opens: dict[tuple[int, int], bool] = {}
         """(session, ino): writable."""
+        self.table_complete = True
+        """After a restart: have all sessions told what they have open?"""
         self.effects: tuple[Effect, ...] = ()
         """Follow-ups of the last operation, without Opened."""
         self.placement = Placement(SUPERBLOCK.layout, cluster_map)
@@ -45,10 +47,9 @@ class Space:
         return Context(
             self.session,
             self.now_ns,
-            lambda ino: any(open_ino == ino for _, open_ino in self.opens),
-            lambda ino: any(
-                open_ino == ino and writable for (_, open_ino), writable in self.opens.items()
-            ),
+            lambda ino: not self.table_complete or any(at == ino for _, at in self.opens),
+            lambda ino: not self.table_complete
+            or any(at == ino and writable for (_, at), writable in self.opens.items()),
             self.placement,
         )
 
@@ -158,7 +159,7 @@ class Space:
 
     def close(self, ino: int) -> None:
         self.opens.pop((self.session, ino), None)
-        self.do(sessions.close_inode, wire.Close(ino))
+        self.do(sessions.close_inode, wire.Close(ino, 1))
 
     def expire(self, session: int, limit: int = 2) -> list[Effect]:
         """End a session as the server does; return all its effects."""
@@ -170,12 +171,18 @@ class Space:
             self.settle(step.writes, step.follow_up)
             effects += self.effects
             done = step.done
-        done, after_ino = False, 0
-        while not done:
-            step = sessions.sweep_orphans(self.view, after_ino, self.context(), limit)
-            self.settle(step.writes, step.follow_up)
-            effects += self.effects
-            done, after_ino = step.done, step.after_ino
+        return effects + (self.sweep(limit) if self.table_complete else [])
+
+    def sweep(self, limit: int = 2) -> list[Effect]:
+        """Clear what ended sessions left; return the effects."""
+        effects: list[Effect] = []
+        for sweep in (sessions.sweep_orphans, sessions.sweep_tails):
+            done, after_ino = False, 0
+            while not done:
+                step = sweep(self.view, after_ino, self.context(), limit)
+                self.settle(step.writes, step.follow_up)
+                effects += self.effects
+                done, after_ino = step.done, step.after_ino
         return effects
 
     def finish_trims(self) -> None:

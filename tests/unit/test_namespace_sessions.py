@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from common import codec
-from common.errors import Code, KaError
+from common.errors import Code
 from nfsp import keys, wire
 from nfsp.mds import queues, sessions
 from nfsp.mds.view import PurgeReady
@@ -36,26 +36,22 @@ def test_repeated_mutation_gets_the_first_answer() -> None:
     assert sessions.replay(view, 2, 0, 1) is None
 
 
-def test_repeated_mutation_that_failed_gets_its_error_again() -> None:
+def test_number_after_refused_or_lost_mutations_may_skip() -> None:
     view = MemoryView()
-    view.apply(sessions.failed(1, 0, 1, KaError(Code.ENOTEMPTY, "full")))
-    with pytest.raises(KaError, match="full") as info:
-        sessions.replay(view, 1, 0, 1)
-    assert info.value.code is Code.ENOTEMPTY
-    assert sessions.replay(view, 1, 0, 2) is None
+    assert sessions.replay(view, 1, 0, 5) is None
+    view.apply(sessions.answered(1, 0, 5, b"answer"))
+    assert sessions.replay(view, 1, 0, 9) is None
 
 
-def test_any_other_sequence_or_slot_breaks_the_protocol() -> None:
+def test_number_older_than_the_last_answered_or_unknown_slot_breaks_the_protocol() -> None:
     view = MemoryView()
     view.apply(sessions.answered(1, 0, 7, b""))
-    for sequence in (-1, 0, 1, 6, 9, 1 << 63):
+    for sequence in (-1, 0, 1, 6):
         with refused(Code.PROTOCOL):
             sessions.replay(view, 1, 0, sequence)
     for slot in (-1, 1 << 16):
         with refused(Code.PROTOCOL):
             sessions.replay(view, 1, slot, 1)
-    with refused(Code.PROTOCOL):
-        sessions.replay(view, 1, 1, 0)
 
 
 # ---------------------------------------------------------------- opening and closing
@@ -182,6 +178,25 @@ def test_unreported_chunks_of_an_expired_orphan_are_purged_too(space: Space) -> 
     [(ino, remains)] = queues.purge_queue(space.view, 0, 9)
     assert (ino, remains.size) == (file, FILE_SIZE_MAX)
     assert queues.trim_queue(space.view, 0, 9) == []
+    space.check()
+
+
+def test_what_ended_while_the_table_was_incomplete_is_swept_when_it_is_complete(
+    space: Space,
+) -> None:
+    files = [space.create(ROOT, b"%d" % number, open=True).ino for number in range(5)]
+    space.session = 2
+    space.open(files[3], writable=True)
+    space.table_complete = False
+    space.unlink(ROOT, b"4")
+    assert space.expire(1) == []
+    space.table_complete = True
+    effects = space.sweep()
+    assert {effect.ino for effect in effects if isinstance(effect, PurgeReady)} == {files[4]}
+    assert {ino for ino, _ in queues.trim_queue(space.view, 0, 9)} == set(files[:3])
+    assert records(space, b"w") == [keys.writer(0, files[3]), keys.writer(2, files[3])]
+    space.close(files[3])
+    assert records(space, b"w") == []
     space.check()
 
 
