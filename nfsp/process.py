@@ -30,7 +30,10 @@ __all__ = ["PidFile", "drop_privileges", "run_until_signal", "spawn", "stop"]
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 OPEN_FILES = 65536
+MALLOC_MAP_SIZE = 32 << 20
+MALLOC_KEEP_SIZE = 128 << 20
 _PR_SET_NO_NEW_PRIVS = 38
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 _log = log.get("nfsp.process")
 
@@ -93,6 +96,7 @@ def run_until_signal(
     work: Callable[[Callable[[], None]], Awaitable[None]], *, ready_fd: int | None
 ) -> None:
     """Run `work(ready)` until it ends or SIGTERM or SIGINT asks for the end."""
+    _keep_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(OPEN_FILES, hard)
     if soft < wanted:
@@ -126,6 +130,14 @@ def run_until_signal(
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         raise error from None
+
+
+def _keep_memory() -> None:
+    """Let malloc keep freed megabytes: mapping them anew costs more than copying into them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, MALLOC_MAP_SIZE)
+        libc.mallopt(_M_TRIM_THRESHOLD, MALLOC_KEEP_SIZE)
 
 
 def spawn(arguments: list[str], log_path: Path) -> int:

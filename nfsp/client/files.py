@@ -21,6 +21,7 @@ import trio
 
 from common import log
 from common.errors import Code, KaError
+from common.transport import buffers
 from nfsp.client.iod_client import IodClient, piece_sums
 from nfsp.model import BLOCK_SIZE, Inode, Layout
 from nfsp.striping import Piece, pieces
@@ -194,14 +195,17 @@ class OpenFile:
     # ------------------------------------------------------------ reading
 
     async def read(self, offset: int, length: int) -> memoryview:
-        """Return bytes [offset, offset + length) as far as the file has them, verified."""
+        """Return bytes [offset, offset + length) as far as the file has them, verified.
+
+        The memory is borrowed from `transport.buffers`; whoever is done with it may give it back.
+        """
         stop = min(offset + length, self.size)
         if stop <= offset:
             return memoryview(b"")
         await self._settle_overlap(offset, stop)
         first = offset - offset % BLOCK_SIZE
         last = stop + -stop % BLOCK_SIZE
-        buffer = memoryview(bytearray(last - first))
+        buffer = buffers.take(last - first)
         await self._read_blocks(list(_block_pieces(self.layout, first, last)), first, buffer)
         return buffer[offset - first : stop - first]
 

@@ -22,6 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Statvf
 
 from common import log
 from common.errors import Code, KaError
+from common.transport import buffers
 from nfsp import wire
 from nfsp.client.files import Handle
 from nfsp.client.volume import DirEntry, Volume
@@ -33,8 +34,9 @@ DIR_PAGE_COUNT = 256
 """Entries fetched at once while a directory is listed."""
 BLOCK_SIZE_SHOWN = 128 * 1024
 """st_blksize: what `cp` and friends use as their buffer."""
+WORKERS_MIN = 16
 WORKERS_MAX = 128
-"""Kernel requests handled at the same time."""
+"""Kernel requests handled at the same time; each worker owns a megabyte, so a few are kept."""
 _COOKIE_DOT, _COOKIE_DOTDOT = 1, 2
 
 _log = log.get("nfsp.fuse")
@@ -90,6 +92,8 @@ class FuseAdapter(pyfuse3.Operations):
         self._handles: dict[int, Handle] = {}
         self._directories: dict[int, _Directory] = {}
         self._next_handle = 1
+        self._lent: list[memoryview] = []
+        """Answers of reads that have been sent by the time somebody looks here again."""
 
     # ------------------------------------------------------------ name space
 
@@ -222,8 +226,14 @@ class FuseAdapter(pyfuse3.Operations):
 
     @_answers_errno
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        # Any contiguous buffer is accepted, whatever the stub says.
-        return await self._volume.read(self._handles[fh], off, size)  # type: ignore[return-value]
+        # pyfuse3 copies what we return to the kernel before any other task can run.
+        for lent in self._lent:
+            buffers.give(lent)
+        self._lent.clear()
+        data = await self._volume.read(self._handles[fh], off, size)
+        if data:
+            self._lent.append(data)
+        return data  # type: ignore[return-value]  # any contiguous buffer is accepted
 
     @_answers_errno
     async def write(self, fh: int, off: int, buf: bytes) -> int:
@@ -390,7 +400,7 @@ async def mount(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, path, readahead, ready)
-            await pyfuse3.main(max_tasks=WORKERS_MAX)
+            await pyfuse3.main(min_tasks=WORKERS_MIN, max_tasks=WORKERS_MAX)
             unmount = False
             nursery.cancel_scope.cancel()
     finally:

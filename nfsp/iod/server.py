@@ -12,6 +12,7 @@ Not here: what files look like (`nfsp.striping`), who may write what (the cluste
 
 from __future__ import annotations
 
+import os
 import secrets
 import struct
 import time
@@ -132,9 +133,14 @@ class IodServer:
             return await self._read_verified(m)
 
         def plan() -> ReadPlan:
-            return self._store.read(
+            found = self._store.read(
                 m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size
             )
+            if found.length:  # the disk is at work before sendfile has to wait for it
+                os.posix_fadvise(
+                    found.fd, found.file_offset, found.length, os.POSIX_FADV_WILLNEED
+                )
+            return found
 
         with self._noting_damage(m):
             found = await self._in_thread(plan)
