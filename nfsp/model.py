@@ -48,6 +48,10 @@ LINK_COUNT_MAX = 1 << 31
 XATTR_NAME_SIZE_MAX = 255
 XATTR_VALUE_SIZE_MAX = 65536
 FILE_SIZE_MAX = (1 << 63) - 1
+COOKIE_MAX = (1 << 63) - 1
+TIME_NS_MAX = (1 << 63) - 1
+ID_MAX = (1 << 32) - 1
+"""Users, groups, device numbers."""
 
 BLOCK_SIZE = 32 * 1024
 """Bytes under one checksum; the unit of reads from an iod."""

@@ -18,7 +18,7 @@ from nfsp import keys, wire
 from nfsp.mds import acl
 from nfsp.mds.queues import pending_trim, trim, wait_trim
 from nfsp.mds.view import Context, Effect, Outcome, View, Writes, inode_at, require
-from nfsp.model import FILE_SIZE_MAX, Inode
+from nfsp.model import FILE_SIZE_MAX, ID_MAX, TIME_NS_MAX, Inode
 
 __all__ = ["set_attr", "wrote"]
 
@@ -32,8 +32,6 @@ _VALID = (
     | wire.SET_ATIME_NOW
     | wire.SET_MTIME_NOW
 )
-_ID_MAX = (1 << 32) - 1
-_TIME_MAX = (1 << 63) - 1
 
 
 def set_attr(view: View, m: wire.SetAttr, context: Context) -> Outcome:
@@ -79,13 +77,13 @@ def set_attr(view: View, m: wire.SetAttr, context: Context) -> Outcome:
 
 def _check_ranges(m: wire.SetAttr) -> None:
     valid = m.valid
-    ids_fit = (not valid & wire.SET_UID or 0 <= m.uid <= _ID_MAX) and (
-        not valid & wire.SET_GID or 0 <= m.gid <= _ID_MAX
+    ids_fit = (not valid & wire.SET_UID or 0 <= m.uid <= ID_MAX) and (
+        not valid & wire.SET_GID or 0 <= m.gid <= ID_MAX
     )
     require(ids_fit, Code.EINVAL, "an id is out of range")
     # msgpack integers are at least -2^63: only the upper end can be beyond 64 signed bits
-    times_fit = (not valid & wire.SET_ATIME or m.atime_ns <= _TIME_MAX) and (
-        not valid & wire.SET_MTIME or m.mtime_ns <= _TIME_MAX
+    times_fit = (not valid & wire.SET_ATIME or m.atime_ns <= TIME_NS_MAX) and (
+        not valid & wire.SET_MTIME or m.mtime_ns <= TIME_NS_MAX
     )
     require(times_fit, Code.EINVAL, "a time is out of range")
 
@@ -117,7 +115,7 @@ def wrote(view: View, m: wire.Wrote, context: Context) -> Outcome:
     inode = inode_at(view, m.ino)
     _check_file(inode)
     require(0 <= m.size_min <= FILE_SIZE_MAX, Code.EFBIG, "file too large")
-    require(m.mtime_ns <= _TIME_MAX, Code.EINVAL, "a time is out of range")
+    require(m.mtime_ns <= TIME_NS_MAX, Code.EINVAL, "a time is out of range")
     pending = pending_trim(view, m.ino)
     raced = pending is not None and m.size_min > pending.size
     require(not raced, Code.EIO, "these bytes raced with a truncation of the file")

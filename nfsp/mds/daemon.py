@@ -19,7 +19,7 @@ from common.transport import Connection
 from nfsp import keys, wire
 from nfsp.config import ClusterConfig, MdsConfig
 from nfsp.iod_links import IodLinks
-from nfsp.mds import clustermap, namespace
+from nfsp.mds import clustermap, create
 from nfsp.mds.engine import Engine
 from nfsp.mds.lmdb_config import LmdbConfig
 from nfsp.mds.lmdb_engine import LmdbEngine
@@ -60,7 +60,7 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
     mds.data.parent.mkdir(parents=True, exist_ok=True)
     engine = LmdbEngine.create(Path(mds.data), _engine_config(mds))
     try:
-        writes = namespace.mkfs(
+        writes = create.mkfs(
             superblock,
             clustermap.first_map(_iods(config)),
             now_ns=superblock.created_ns,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import stat
 
-from common import codec
 from common.errors import Code, KaError
 from nfsp import keys, wire
 from nfsp.mds.namespace import is_empty
@@ -34,6 +33,7 @@ from nfsp.mds.view import (
     entry,
     forget,
     require,
+    settle,
     target_of,
 )
 from nfsp.model import LINK_COUNT_MAX, ROOT, Inode
@@ -132,7 +132,7 @@ def _move(
         ]
     for parent in parents:
         writes[keys.inode(parent.ino)] = parent.encode()
-    _settle(view, source, new_parent, m.new_name, cookie, now_ns, writes)
+    _place(view, source, new_parent, m.new_name, cookie, now_ns, writes)
     return Outcome(DONE, writes, effects)
 
 
@@ -158,12 +158,12 @@ def _exchange(
         ]
     for parent in parents:
         writes[keys.inode(parent.ino)] = parent.encode()
-    _settle(view, source, other_parent, m.new_name, target.cookie, now_ns, writes)
-    _settle(view, target, one_parent, m.name, source.cookie, now_ns, writes)
+    _place(view, source, other_parent, m.new_name, target.cookie, now_ns, writes)
+    _place(view, target, one_parent, m.name, source.cookie, now_ns, writes)
     return Outcome(DONE, writes)
 
 
-def _settle(
+def _place(
     view: View,
     moved: Entry,
     parent: Inode,
@@ -180,5 +180,4 @@ def _settle(
         parent=parent.ino if inode.is_dir else 0,
     )
     writes[keys.inode(moved.ino)] = after.encode()
-    writes[keys.dentry(parent.ino, name)] = codec.encode((moved.ino, moved.kind, cookie))
-    writes[keys.cookie(parent.ino, cookie)] = codec.encode((name, moved.ino, moved.kind))
+    settle(parent.ino, name, moved._replace(cookie=cookie), writes)

@@ -11,7 +11,8 @@ for fsync, when it is on stable storage; after a truncation, when the iods have 
 Tasks: one for each connection (`transport`), the engine's checkpoints, upkeep at the iods, the
 reaper of silent sessions.
 
-Not here: what an operation does (`namespace`, `rename`, `attributes`, `xattrs`, `sessions`).
+Not here: what an operation does (`create`, `namespace`, `rename`, `attributes`, `xattrs`,
+`sessions`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from common.errors import Code, KaError
 from common.metrics import counter
 from common.transport import Connection, Reply
 from nfsp import keys, wire
-from nfsp.mds import attributes, namespace, rename, sessions, xattrs
+from nfsp.mds import attributes, create, namespace, rename, sessions, xattrs
 from nfsp.mds.engine import Engine, Snapshot
 from nfsp.mds.opentable import ClientSession, OpenTable
 from nfsp.mds.placement import Placement
@@ -60,7 +61,7 @@ READS: dict[type, _Read] = {
     wire.ListXattr: xattrs.list_xattr,
 }
 MUTATIONS: dict[type, _Mutation] = {
-    wire.Create: namespace.create,
+    wire.Create: create.create,
     wire.Link: namespace.link,
     wire.Unlink: namespace.unlink,
     wire.Rmdir: namespace.rmdir,
@@ -282,7 +283,7 @@ class MdsServer:
         for ino in closed:
             self._forget_open(session, ino)
         if self._table.complete:
-            self._sweep_orphans()
+            self._sweep()
         _log.info("session.resumed", session=m.session, host=session.host, opens=len(m.opens))
         return self._welcome(session)
 
@@ -355,18 +356,19 @@ class MdsServer:
             await trio.lowlevel.checkpoint()
         self._upkeep.wake()
         if self._table.complete:
-            self._sweep_orphans()
+            self._sweep()
 
-    def _sweep_orphans(self) -> None:
-        after, done = 0, False
-        while not done:
-            step = sessions.sweep_orphans(
-                self._engine, after, self._context(0), EXPIRE_COUNT
-            )
-            if step.writes:
-                self.apply(step.writes)
-            self._take_effects(None, step.follow_up)
-            after, done = step.after_ino, step.done
+    def _sweep(self) -> None:
+        """Clear what ended sessions left while nobody knew whether others used it."""
+        for sweep in (sessions.sweep_orphans, sessions.sweep_tails):
+            after, done = 0, False
+            while not done:
+                step = sweep(self._engine, after, self._context(0), EXPIRE_COUNT)
+                if step.writes:
+                    self.apply(step.writes)
+                if self._take_effects(None, step.follow_up):
+                    self._upkeep.wake()
+                after, done = step.after_ino, step.done
 
     # ------------------------------------------------------------ the rest
 

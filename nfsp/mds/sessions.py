@@ -14,7 +14,7 @@ file, nobody can tell their unreported chunks from the dead one's: then a writer
 stays, and the last writer that leaves has the tail trimmed.
 
 Order for the server: take the session (or the closed inode) out of the table, then call
-`expire_session` until it is done (or `close_inode`), then `sweep_orphans`.
+`expire_session` until it is done (or `close_inode`); then, if the table is complete, both sweeps.
 
 Not here: session ids, time-outs, the table.
 """
@@ -44,7 +44,7 @@ from nfsp.mds.view import (
 from nfsp.model import FILE_SIZE_MAX, Inode
 
 __all__ = ["Step", "answered", "close_inode", "expire_session", "open_inode", "replay"]
-__all__ += ["sweep_orphans", "writers"]
+__all__ += ["sweep_orphans", "sweep_tails", "writers"]
 
 SLOT_MAX = (1 << 16) - 1
 
@@ -108,8 +108,7 @@ def close_inode(view: View, m: wire.Close, context: Context) -> Outcome:
         writes[writer] = None
     if not context.is_open(ino) and view.get(keys.orphan(ino)) is not None:
         return Outcome(DONE, writes, erase(view, inode_at(view, ino), writes))
-    lost = keys.writer(SESSION_LOST, ino)
-    if wrote_it and not context.is_written(ino) and view.get(lost) is not None:
+    if wrote_it and view.get(keys.writer(SESSION_LOST, ino)) is not None:
         return Outcome(DONE, writes, _trim_tail(view, ino, context, writes))
     return Outcome(DONE, writes)
 
@@ -131,7 +130,7 @@ class Step(NamedTuple):
     follow_up: tuple[Effect, ...]
     done: bool
     after_ino: int = 0
-    """Where `sweep_orphans` goes on."""
+    """Where a sweep goes on."""
 
 
 def expire_session(view: View, session: int, context: Context, limit: int) -> Step:
@@ -188,3 +187,19 @@ def sweep_orphans(view: View, after_ino: int, context: Context, limit: int) -> S
         else:
             effects += erase(view, Inode.decode(record), writes)
     return Step(writes, effects, len(orphans) < limit, after_ino)
+
+
+def sweep_tails(view: View, after_ino: int, context: Context, limit: int) -> Step:
+    """Trim tails of ended sessions that wait for a last writer that has left long ago.
+
+    That happens when a session ends while the table is incomplete.  Used like `sweep_orphans`.
+    """
+    start = keys.after(keys.writer(SESSION_LOST, after_ino))
+    tails = view.scan(start, keys.writer(SESSION_LOST + 1, 0), limit)
+    writes: Writes = {}
+    effects: tuple[Effect, ...] = ()
+    for key, _ in tails:
+        after_ino = int.from_bytes(key[9:])
+        if not context.is_written(after_ino):
+            effects += _trim_tail(view, after_ino, context, writes)
+    return Step(writes, effects, len(tails) < limit, after_ino)

@@ -137,7 +137,7 @@ class Upkeep:
             self.wake()
             raise
         finally:
-            if not lock.statistics().tasks_waiting:
+            if not lock.locked():  # a task that waited may hold it by now
                 self._trimming.pop(ino, None)
 
     def _cuts(self, ino: int, remains: Remains, end: int) -> list[Callable[[], Awaitable[object]]]:

@@ -35,6 +35,8 @@ from nfsp.wire import Done
 
 __all__ = [
     "DONE",
+    "NOTHING",
+    "SESSION_LOST",
     "Context",
     "Effect",
     "Entry",
@@ -47,12 +49,16 @@ __all__ = [
     "changed",
     "check_name",
     "directory",
+    "enter",
     "entry",
     "erase",
     "forget",
     "inode_at",
     "integer",
+    "layout_of",
     "require",
+    "settle",
+    "target_of",
 ]
 
 Writes = dict[bytes, bytes | None]
@@ -212,13 +218,24 @@ def changed(parent: Inode, now_ns: int, subdirectories: int = 0, cookies: int = 
     )
 
 
+def enter(parent: Inode, name: bytes, ino: int, kind: int, writes: Writes) -> None:
+    """Write an entry and its twin, with the cookie that comes next."""
+    settle(parent.ino, name, Entry(ino, kind, parent.next_cookie), writes)
+
+
+def settle(parent: int, name: bytes, found: Entry, writes: Writes) -> None:
+    """Write an entry and its twin."""
+    writes[keys.dentry(parent, name)] = found.encode()
+    writes[keys.cookie(parent, found.cookie)] = codec.encode((name, found.ino, found.kind))
+
+
 def forget(view: View, inode: Inode, context: Context, writes: Writes) -> tuple[Effect, ...]:
     """Take one name (an empty directory: its only one) from an inode.
 
     The last name gone, the inode goes too, or waits as an orphan for its last close.
     """
     left = 0 if inode.is_dir else inode.nlink - 1
-    gone = left <= 0
+    gone = left == 0
     if gone and not context.is_open(inode.ino):
         return erase(view, inode, writes)
     after = inode._replace(nlink=left, ctime_ns=context.now_ns, change=inode.change + 1)

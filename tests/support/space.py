@@ -11,7 +11,7 @@ import pytest
 
 from common.errors import Code, KaError
 from nfsp import wire
-from nfsp.mds import attributes, namespace, queues, rename, sessions, xattrs
+from nfsp.mds import attributes, create, namespace, queues, rename, sessions, xattrs
 from nfsp.mds.placement import Placement
 from nfsp.mds.view import Context, Effect, Opened, Outcome, PurgeReady, TrimReady
 from nfsp.model import ROOT, Chain, ClusterMap, Dentry, Inode, Iod, Layout, Superblock
@@ -36,19 +36,20 @@ class Space:
         self.session = 1
         self.opens: dict[tuple[int, int], bool] = {}
         """(session, ino): writable."""
+        self.table_complete = True
+        """After a restart: have all sessions told what they have open?"""
         self.effects: tuple[Effect, ...] = ()
         """Follow-ups of the last operation, without Opened."""
         self.placement = Placement(SUPERBLOCK.layout, cluster_map)
-        self.view.apply(namespace.mkfs(SUPERBLOCK, cluster_map, now_ns=START_NS))
+        self.view.apply(create.mkfs(SUPERBLOCK, cluster_map, now_ns=START_NS))
 
     def context(self) -> Context:
         return Context(
             self.session,
             self.now_ns,
-            lambda ino: any(open_ino == ino for _, open_ino in self.opens),
-            lambda ino: any(
-                open_ino == ino and writable for (_, open_ino), writable in self.opens.items()
-            ),
+            lambda ino: not self.table_complete or any(at == ino for _, at in self.opens),
+            lambda ino: not self.table_complete
+            or any(at == ino and writable for (_, at), writable in self.opens.items()),
             self.placement,
         )
 
@@ -111,7 +112,7 @@ class Space:
         message = wire.Create(
             0, 0, parent, name, mode, uid, gid, umask, rdev, target, open, exclusive
         )
-        return Inode.decode(self.do(namespace.create, message).inode)
+        return Inode.decode(self.do(create.create, message).inode)
 
     def mkdir(self, parent: int, name: bytes, mode: int = 0o755, umask: int = 0) -> Inode:
         return self.create(parent, name, stat.S_IFDIR | mode, umask=umask)
@@ -170,12 +171,18 @@ class Space:
             self.settle(step.writes, step.follow_up)
             effects += self.effects
             done = step.done
-        done, after_ino = False, 0
-        while not done:
-            step = sessions.sweep_orphans(self.view, after_ino, self.context(), limit)
-            self.settle(step.writes, step.follow_up)
-            effects += self.effects
-            done, after_ino = step.done, step.after_ino
+        return effects + (self.sweep(limit) if self.table_complete else [])
+
+    def sweep(self, limit: int = 2) -> list[Effect]:
+        """Clear what ended sessions left; return the effects."""
+        effects: list[Effect] = []
+        for sweep in (sessions.sweep_orphans, sessions.sweep_tails):
+            done, after_ino = False, 0
+            while not done:
+                step = sweep(self.view, after_ino, self.context(), limit)
+                self.settle(step.writes, step.follow_up)
+                effects += self.effects
+                done, after_ino = step.done, step.after_ino
         return effects
 
     def finish_trims(self) -> None:

@@ -83,6 +83,7 @@ PURE: frozenset[str] = frozenset(
         "nfsp/mds/acl.py",
         "nfsp/mds/attributes.py",
         "nfsp/mds/clustermap.py",
+        "nfsp/mds/create.py",
         "nfsp/mds/engine.py",
         "nfsp/mds/journal.py",
         "nfsp/mds/journal_recovery.py",

@@ -181,6 +181,25 @@ def test_unreported_chunks_of_an_expired_orphan_are_purged_too(space: Space) -> 
     space.check()
 
 
+def test_what_ended_while_the_table_was_incomplete_is_swept_when_it_is_complete(
+    space: Space,
+) -> None:
+    files = [space.create(ROOT, b"%d" % number, open=True).ino for number in range(5)]
+    space.session = 2
+    space.open(files[3], writable=True)
+    space.table_complete = False
+    space.unlink(ROOT, b"4")
+    assert space.expire(1) == []
+    space.table_complete = True
+    effects = space.sweep()
+    assert {effect.ino for effect in effects if isinstance(effect, PurgeReady)} == {files[4]}
+    assert {ino for ino, _ in queues.trim_queue(space.view, 0, 9)} == set(files[:3])
+    assert records(space, b"w") == [keys.writer(0, files[3]), keys.writer(2, files[3])]
+    space.close(files[3])
+    assert records(space, b"w") == []
+    space.check()
+
+
 def test_orphan_record_without_inode_is_dropped(space: Space) -> None:
     space.view.apply({keys.orphan(77): codec.encode([])})
     space.expire(1)
