@@ -128,9 +128,13 @@ def _lost_directory_name(c: Cluster) -> None:
 
 
 def _stale_twin(c: Cluster) -> None:
-    _put(c, keys.cookie(c.top, 3), codec.encode((b"old", c.file, REG)))
     c.set_inode(c.top, next_cookie=100)
     _put(c, keys.cookie(c.top, 50), codec.encode((b"old", c.file, REG)))
+
+
+def _garbled_stale_twin(c: Cluster) -> None:
+    c.set_inode(c.top, next_cookie=100)
+    _put(c, keys.cookie(c.top, 50), b"\xc1")
 
 
 def _garbled_name(c: Cluster) -> None:
@@ -300,6 +304,11 @@ def _xattr_of_nothing(c: Cluster) -> None:
     _put(c, keys.xattr(LOST, b"user.a"), b"")
 
 
+def _large_xattr(c: Cluster) -> None:
+    c.space.set_xattr(c.top, b"user.a", b"")
+    _put(c, keys.xattr(c.top, b"user.a"), bytes(65537))
+
+
 def _leftover_chunks(c: Cluster) -> None:
     _used_up(c)
     c.iods[1].put(LOST, 0)
@@ -334,6 +343,8 @@ FAULTS: list[tuple[str, Break]] = [
     ("entry.twin", _twin_of_other_name),
     ("entry.lost", _lost_name),
     ("entry.lost", _lost_directory_name),
+    ("entry.stale", _stale_twin),
+    ("entry.stale", _garbled_stale_twin),
     ("entry.unreadable", _garbled_name),
     ("entry.unreadable", _garbled_both),
     ("entry.cookie", _same_cookie),
@@ -385,6 +396,7 @@ FAULTS: list[tuple[str, Break]] = [
     ("trim.unreadable", _trim(None, b"")),
     ("trim.layout", _trim(None, _OTHER_LAYOUT)),
     ("xattr.inode", _xattr_of_nothing),
+    ("xattr.size", _large_xattr),
     ("record.malformed", _counter(b"i123", b"")),
     ("record.malformed", _counter(keys.orphan(0), b"")),
     ("chunks.leftover", _leftover_chunks),
