@@ -1,7 +1,8 @@
 """Payload buffers, reused: a fresh megabyte costs more in page faults than in copying.
 
 `BufferPool.take` lends a memoryview; `give` returns it.  A buffer that is not given back is
-simply collected.  Bounded: what does not fit into the pool is dropped.
+simply collected.  Bounded: what does not fit into the pool is dropped.  A buffer given back twice
+would be lent to two borrowers: that is found and raised.  Not for use from several threads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ class BufferPool:
 
     def __init__(self, size_max: int = 64 * 1024 * 1024) -> None:
         self._free: dict[int, list[bytearray]] = {size: [] for size in _CLASSES}
+        self._pooled: set[int] = set()
         self._size_max = size_max
         self.size = 0
 
@@ -25,15 +27,19 @@ class BufferPool:
         free = self._free.get(rounded)
         if free:
             self.size -= rounded
-            return memoryview(free.pop())[:size]
-        return memoryview(bytearray(rounded))[:size]
+            buffer = free.pop()
+            self._pooled.remove(id(buffer))
+            return memoryview(buffer)[:size]
+        return memoryview(bytearray(rounded if free is not None else size))[:size]
 
     def give(self, view: memoryview) -> None:
         """Take back what `take` returned; nobody may use it afterwards."""
         buffer = view.obj
         view.release()
         assert isinstance(buffer, bytearray)
+        assert id(buffer) not in self._pooled, "given back twice"
         size = len(buffer)
         if size in self._free and self.size + size <= self._size_max:
             self._free[size].append(buffer)
+            self._pooled.add(id(buffer))
             self.size += size

@@ -2,7 +2,7 @@
 
 Values are None, bool, int (64 bits), float, bytes, str, and lists and maps of these.  Decoding
 untrusted bytes is bounded: nothing in a message can be larger than the message, no extension
-types, no duplicate or unhashable map keys, no trailing bytes.
+types, no unhashable map keys, no trailing bytes.  Of equal map keys the last one counts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,14 @@ _pack = msgpack.Packer(
 ).pack
 
 
+def _refuse_extension(code: int, _data: bytes) -> None:
+    raise ValueError(f"extension type {code}")
+
+
 def encode(value: Value) -> bytes:
     """Return *value* as bytes.
 
-    Raises TypeError or OverflowError for what a message cannot hold: that is our own bug.
+    Raises TypeError, ValueError or OverflowError for what a message cannot hold: our own bug.
     """
     packed: bytes = _pack(value)
     return packed
@@ -51,6 +55,7 @@ def decode(data: bytes | bytearray | memoryview) -> Value:
             max_array_len=size,
             max_map_len=size,
             max_ext_len=0,
+            ext_hook=_refuse_extension,  # max_ext_len lets an empty one pass
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise KaError(Code.PROTOCOL, f"malformed message: {error}") from None

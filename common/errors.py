@@ -112,6 +112,8 @@ class KaError(Exception):
         self.code = code
         self.message = message or code.value.meaning
         self.context = context
+        self.remote = False
+        """Whether a peer answered with it, rather than that this process met it."""
         super().__init__(self.message)
 
     @property

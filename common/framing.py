@@ -19,6 +19,8 @@ Payloads carry their own sums in the body of data messages, so they are not summ
 
 A payload never passes through the parser's buffer except for the part that arrived together with
 its header: `FrameReceiver.take_payload` names the caller's buffer, and `want` then points into it.
+
+Bounded: the parser holds at most one body of `body_size_max` bytes, and gives that memory back.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ class Kind(enum.IntEnum):
 
 
 _KINDS = {kind.value: kind for kind in Kind}
+_WITH_PAYLOAD = frozenset((Kind.REQUEST, Kind.REPLY, Kind.NOTIFY))
 
 
 class Frame(NamedTuple):
@@ -77,7 +80,12 @@ class Frame(NamedTuple):
 
 
 def encode_frame(kind: Kind, request_id: int, body: bytes, payload_size: int = 0) -> bytes:
-    """Return header and body; the payload follows them on the wire."""
+    """Return header and body; the payload follows them on the wire.
+
+    Raises KaError E2BIG for what the receiver would refuse, and the connection with it.
+    """
+    if len(body) > BODY_SIZE_MAX or payload_size > PAYLOAD_SIZE_MAX:
+        raise KaError(Code.E2BIG, f"message too large: {len(body)} + {payload_size} bytes")
     head = _HEAD.pack(MAGIC, kind, 0, 0, request_id, len(body), payload_size, digest(body))
     return b"".join((head, _SUM.pack(digest(head)), body))
 
@@ -105,11 +113,6 @@ class FrameReceiver:
     def payload_complete(self) -> bool:
         return self._payload_left == 0
 
-    @property
-    def mid_frame(self) -> bool:
-        """Whether an end of stream now would cut a frame."""
-        return self._end > self._start or self._payload_left > 0 or self._header is not None
-
     def want(self) -> memoryview:
         """Return where the next received bytes go; never empty."""
         if self._payload_left and self._start == self._end:
@@ -117,13 +120,15 @@ class FrameReceiver:
                 return self._target[-self._payload_left :]
             return self._view[: self._payload_left]
         if self._end == len(self._buffer):
-            self._make_room(RECEIVE_SIZE)
+            self._make_room(HEADER_SIZE if self._header is None else self._header[2])
         return self._view[self._end :]
 
     def got(self, count: int) -> None:
         """Account for *count* bytes received into `want()`."""
         if self._payload_left and self._start == self._end:
             self._payload_left -= count
+            if not self._payload_left:
+                self._target = None
         else:
             self._end += count
             if self._payload_left:
@@ -153,7 +158,7 @@ class FrameReceiver:
         self._header = None
         self._payload_left = payload_size
         if self._start == self._end:
-            self._start = self._end = 0
+            self._emptied()
         return Frame(kind, request_id, body, payload_size)
 
     def take_payload(self, target: memoryview) -> None:
@@ -175,13 +180,15 @@ class FrameReceiver:
                 self._target[at : at + count] = self._view[self._start : self._start + count]
             self._start += count
             self._payload_left -= count
+        if not self._payload_left:
+            self._target = None
         if self._start == self._end:
-            self._start = self._end = 0
+            self._emptied()
 
     def _parse_header(self) -> tuple[Kind, int, int, int, int]:
         head = self._view[self._start : self._start + _HEAD.size]
-        magic, kind, reserved, flags, request_id, body_size, payload_size, body_sum = (
-            _HEAD.unpack(head)
+        magic, kind, reserved, flags, request_id, body_size, payload_size, body_sum = _HEAD.unpack(
+            head
         )
         if magic != MAGIC:
             raise KaError(Code.PROTOCOL, "not a Ka frame")
@@ -192,13 +199,24 @@ class FrameReceiver:
             raise KaError(Code.PROTOCOL, f"unknown frame kind {kind} or flags")
         if body_size > self.body_size_max or payload_size > self.payload_size_max:
             raise KaError(Code.PROTOCOL, f"frame too large: {body_size} + {payload_size} bytes")
+        if payload_size and kind not in _WITH_PAYLOAD:
+            raise KaError(Code.PROTOCOL, f"{_KINDS[kind].name} frame with a payload")
         return _KINDS[kind], request_id, body_size, payload_size, body_sum
 
+    def _emptied(self) -> None:
+        self._start = self._end = 0
+        if len(self._buffer) > RECEIVE_SIZE:
+            self._resize(RECEIVE_SIZE)
+
     def _make_room(self, size: int) -> None:
-        """Move what is unread to the front of a buffer with *size* bytes of it in all, or more."""
+        """Move what is unread, less than *size* bytes, to the front of a buffer for *size*."""
         unread = bytes(self._view[self._start : self._end])
-        if size + HEADER_SIZE > len(self._buffer) or len(unread) == len(self._buffer):
-            self._buffer = bytearray(max(size + HEADER_SIZE, 2 * len(unread)))
-            self._view = memoryview(self._buffer)
+        assert len(unread) < size, "frames were not taken"
+        if len(self._buffer) != max(size, RECEIVE_SIZE):
+            self._resize(max(size, RECEIVE_SIZE))
         self._view[: len(unread)] = unread
         self._start, self._end = 0, len(unread)
+
+    def _resize(self, size: int) -> None:
+        self._buffer = bytearray(size)
+        self._view = memoryview(self._buffer)

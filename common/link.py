@@ -5,10 +5,13 @@ connection was lost or that the peer asks to repeat (`Code.retryable`) until a d
 requests that are harmless to repeat may go through it: reads, idempotent writes, and mutations
 that carry an exactly-once number.
 
-Connections of one process to one peer are numbered; a peer drops what an older connection still
-has to say once it has seen a newer one.  Between attempts the link waits BACKOFF_S, doubled up to
-BACKOFF_MAX_S.  `on_connect` runs on each new connection before anything else uses it (session
-resumption); if it raises, the connection is given up.
+Connections of one identity to one peer are numbered, and the peer serves a newer one only when
+nothing of the older runs any more (`endpoint.serve`): a request that was given up cannot be carried
+out behind its own repetition.  So there is one link from an identity to a peer.
+
+Between attempts the link waits BACKOFF_S, doubled up to BACKOFF_MAX_S.  Callers that wait for a
+connection share the attempts.  `on_connect` runs on each new connection before anything else uses
+it (session resumption); if it raises, the connection is given up.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ BACKOFF_S = 0.05
 BACKOFF_MAX_S = 1.0
 CALL_TIMEOUT_S = 30.0
 """A single attempt; the peer is then taken for hung and the connection is made anew."""
+ATTEMPT_MIN_S = 1.0
+"""What the last attempt gets, however little patience is left."""
 
 _log = log.get("ka.link")
 
@@ -58,15 +63,20 @@ class Link:
         self._on_connect = on_connect
         self._connection: Connection | None = None
         self._number = 0
+        self._failure: tuple[int, KaError] | None = None
+        """The last attempt that failed, by its number."""
         self._dialing = trio.Lock()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the tasks of this link's connections; ends by cancellation."""
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
-            task_status.started()
-            await trio.sleep_forever()
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
 
     @property
     def connected(self) -> bool:
@@ -77,28 +87,42 @@ class Link:
         connection = self._connection
         if connection is not None and connection.is_open:
             return connection
+        seen = self._number
         async with self._dialing:
             connection = self._connection
             if connection is not None and connection.is_open:
                 return connection
-            assert self._nursery is not None, "the link is not running"
+            if self._failure is not None and self._failure[0] > seen:
+                # Others waited with us and have just found out: a dead peer must not cost each
+                # of us, one behind the other, the time of an attempt.
+                error = self._failure[1]
+                raise KaError(error.code, error.message, **error.context)
             self._number += 1
-            connection = await dial(
-                self._address,
-                self._path,
-                identity=self._identity,
-                key=self._key,
-                connection_number=self._number,
-            )
-            await self._nursery.start(connection.run)
             try:
-                if self._on_connect is not None:
-                    await self._on_connect(connection)
-            except BaseException:
-                connection.close("given up")
+                self._connection = await self._establish()
+            except KaError as error:
+                self._failure = (self._number, error)
                 raise
-            self._connection = connection
-            return connection
+            return self._connection
+
+    async def _establish(self) -> Connection:
+        if self._nursery is None:
+            raise KaError(Code.UNREACHABLE, f"the link to {self.name} is not running")
+        connection = await dial(
+            self._address,
+            self._path,
+            identity=self._identity,
+            key=self._key,
+            connection_number=self._number,
+        )
+        try:
+            await self._nursery.start(connection.run)
+            if self._on_connect is not None:
+                await self._on_connect(connection)
+        except BaseException:
+            connection.close("given up")
+            raise
+        return connection
 
     async def call(
         self,
@@ -110,8 +134,9 @@ class Link:
     ) -> tuple[bytes, int]:
         """Send a repeatable request; see `Connection.call`.
 
-        Raises the peer's error, or UNREACHABLE / TIMEOUT when *patience_s* (default: the link's)
-        is over.  Raises at once what no repetition can mend (AUTH, WRONG_CLUSTER, ...).
+        Raises the peer's error, or UNREACHABLE / TIMEOUT when *patience_s* (default: the link's),
+        counted from the first failure, is over.  Raises at once what no repetition can mend (AUTH,
+        WRONG_CLUSTER, ...).
         """
         connection = self._connection
         if connection is not None and connection.is_open:
@@ -136,26 +161,34 @@ class Link:
         backoff_s = BACKOFF_S
         while True:
             connection: Connection | None = None
-            try:
-                connection = await self.connect()
-                left_s = max(1.0, min(CALL_TIMEOUT_S, deadline - trio.current_time()))
-                return await connection.call(body, payload, into=into, timeout=left_s)
-            except KaError as error:
-                if not error.code.retryable:
-                    raise
-                if trio.current_time() + backoff_s > deadline:
-                    raise KaError(
-                        error.code, f"{self.name}: {error.message}", **error.context
-                    ) from None
-                if connection is not None:
-                    self._suspect(connection, error)
-                _log.debug("call.repeated", peer=self.name, reason=error.message)
+            error = KaError(Code.TIMEOUT, "no connection in time")
+            with trio.move_on_at(deadline + ATTEMPT_MIN_S):
+                try:
+                    connection = await self.connect()
+                except KaError as failure:
+                    error = failure
+            if connection is not None:
+                left_s = max(ATTEMPT_MIN_S, min(CALL_TIMEOUT_S, deadline - trio.current_time()))
+                try:
+                    return await connection.call(body, payload, into=into, timeout=left_s)
+                except KaError as failure:
+                    error = failure
+            if not error.code.retryable:
+                raise error
+            if trio.current_time() + backoff_s > deadline:
+                raise KaError(error.code, f"{self.name}: {error.message}", **error.context)
+            if connection is not None:
+                self._suspect(connection, error)
+            _log.debug("call.repeated", peer=self.name, reason=error.message)
             await trio.sleep(backoff_s)
             backoff_s = min(2 * backoff_s, BACKOFF_MAX_S)
 
     def _suspect(self, connection: Connection, error: KaError) -> None:
-        """After a time-out the connection is given up: what hangs on it must not come late."""
-        if error.code is Code.TIMEOUT:
+        """After a time-out the connection is given up: what hangs on it must not come late.
+
+        A time-out that the peer met somewhere else says nothing about this connection.
+        """
+        if error.code is Code.TIMEOUT and not error.remote:
             connection.close("no answer in time")
 
     def close(self) -> None:

@@ -18,7 +18,9 @@ __all__ = ["Logger", "configure", "get"]
 
 def _fact(value: object) -> str:
     text = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
-    return repr(text) if not text or any(c.isspace() or c == "=" for c in text) else text
+    # Quoted also when a terminal could be fooled: what peers say ends up here.
+    plain = text.isprintable() and not any(c in text for c in " ='\"")
+    return text if text and plain else repr(text)
 
 
 class Logger(logging.LoggerAdapter[logging.Logger]):
@@ -27,9 +29,7 @@ class Logger(logging.LoggerAdapter[logging.Logger]):
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        passed = {
-            key: kwargs.pop(key) for key in ("exc_info", "stack_info") if key in kwargs
-        }
+        passed = {key: kwargs.pop(key) for key in ("exc_info", "stack_info") if key in kwargs}
         facts = {**(self.extra or {}), **kwargs}
         line = " ".join([str(msg), *(f"{key}={_fact(value)}" for key, value in facts.items())])
         return line, passed

@@ -5,6 +5,9 @@ under a number in a `Catalogue`.  On the wire it is `[number, field, ...]`.  Dec
 count and the exact type of every field, so handlers never see a value of a wrong type; ranges
 are the handler's business.  Numbers are never reused; a field may only ever be added at the end,
 with a default.
+
+The body of an ERROR frame is here too, `[code, line, context]`: encoding it cannot fail, and what
+a peer sends as text comes out as one printable line.
 """
 
 from __future__ import annotations
@@ -13,14 +16,15 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from common import codec
-from common.errors import Code, KaError
+from common.errors import Code, KaError, from_number
 
-__all__ = ["Catalogue", "Message"]
+__all__ = ["Catalogue", "Message", "decode_error", "encode_error"]
 
 Message = Any
 """An instance of a registered NamedTuple class."""
 
 _MessageClass = TypeVar("_MessageClass", bound=type)
+_TEXT_SIZE_MAX = 1000
 _PLAIN = (int, bytes, str, bool, list)
 
 
@@ -72,3 +76,32 @@ class Catalogue:
     def classes(self) -> dict[int, type]:
         """Return the registered classes by number (for documents and fuzzing)."""
         return {number: entry[0] for number, entry in self._by_number.items()}
+
+
+def encode_error(error: KaError) -> bytes:
+    """Return the body of an ERROR frame."""
+    context = {_sendable(key): _sendable(value) for key, value in error.context.items()}
+    return codec.encode((error.code.number, _sendable(error.message), context))
+
+
+def decode_error(body: bytes) -> KaError:
+    """Return the error in the body of an ERROR frame, marked as `remote`."""
+    try:
+        number, message, context = codec.decode(body)
+        facts = {_line(key): _line(value) for key, value in context.items()}
+        error = KaError(from_number(number), _line(message), **facts)
+    except (AttributeError, ValueError, TypeError, KaError):
+        error = KaError(Code.PROTOCOL, "unreadable error frame")
+    error.remote = True
+    return error
+
+
+def _sendable(value: object) -> str:
+    """Return a short text without lone surrogates, which names of files can bring in."""
+    return str(value)[:_TEXT_SIZE_MAX].encode("utf-8", "backslashreplace").decode()
+
+
+def _line(text: object) -> str:
+    if type(text) is not str:
+        raise TypeError("not a text")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

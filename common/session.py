@@ -104,14 +104,18 @@ class ClientHandshake:
         """Take the server's next message; return ours, or None when the handshake is done."""
         message = _SESSION.decode(body)
         if self._challenge is None:
-            if not isinstance(message, Challenge) or message.version not in VERSIONS:
+            if not isinstance(message, Challenge) or len(message.nonce) != NONCE_SIZE:
                 raise KaError(Code.PROTOCOL, "handshake: expected a challenge")
+            if message.version not in VERSIONS:
+                raise KaError(Code.WRONG_VERSION, f"the server chose version {message.version}")
             self._challenge = body
             self.version = message.version
             self._proof = _mac(self._key, b"ka client", self._hello, body)
             return _SESSION.encode(Proof(self._proof))
+        if not isinstance(message, Welcome) or self.done:
+            raise KaError(Code.PROTOCOL, "handshake: expected a welcome")
         expected = _mac(self._key, b"ka server", self._hello, self._challenge, self._proof)
-        if not isinstance(message, Welcome) or not hmac.compare_digest(message.mac, expected):
+        if not hmac.compare_digest(message.mac, expected):
             raise KaError(Code.AUTH, "the server does not hold the cluster key")
         self.done = True
         return None
@@ -126,6 +130,7 @@ class ServerHandshake:
         self._nonce = nonce
         self._hello_body = b""
         self._challenge = b""
+        self._ended = False
         self.hello: Hello | None = None
         self.done = False
 
@@ -134,8 +139,11 @@ class ServerHandshake:
         message = _SESSION.decode(body)
         if self.hello is None:
             return self._receive_hello(message, body)
+        if not isinstance(message, Proof) or self._ended:
+            raise KaError(Code.PROTOCOL, "handshake: expected a proof")
+        self._ended = True  # one guess for each challenge
         expected = _mac(self._key, b"ka client", self._hello_body, self._challenge)
-        if not isinstance(message, Proof) or not hmac.compare_digest(message.mac, expected):
+        if not hmac.compare_digest(message.mac, expected):
             raise KaError(Code.AUTH, "wrong cluster key")
         self.done = True
         mac = _mac(self._key, b"ka server", self._hello_body, self._challenge, message.mac)

@@ -9,56 +9,55 @@ Tasks of a connection: one reader (parses, starts handlers, wakes callers), one 
 the socket is full), one watchdog (deadlines).  Invariants:
   * frames leave in the order in which they were queued, whole: a frame is queued by a
     synchronous call, so a cancelled caller can never cut one;
-  * a caller's buffer is not touched after `call` has returned or raised;
-  * bounded: queued bytes (`SEND_QUEUE_SIZE_MAX`), payload bytes of requests in hand
-    (`IN_HAND_SIZE_MAX`), requests in hand (`IN_HAND_COUNT_MAX`): then the reader stops reading,
-    and the peer's sends block.
+  * a caller's buffers, sent or received into, are not touched after `call` has ended;
+  * after `ended` nothing of this connection runs any more, its handlers included.
+
+Limits.  A caller waits while its connection has `IN_HAND_COUNT_MAX` requests or
+`IN_HAND_SIZE_MAX` bytes of payload, asked for or sent, under way.  So the peer never has more in
+hand than that, and its reader need never stop: were it to stop behind a request, it could not read
+the answer that this request's own handler waits for.  It stops all the same, and with it the
+peer's sends, when a peer does not keep to the limits.
 
 Not here: retrying and reconnecting (`link`), what messages mean.
 """
 
 from __future__ import annotations
 
-import os
 import socket
-from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import outcome
 import trio
 
-from common import codec, log
+from common import log
 from common.buffers import BufferPool
 from common.checksum import Buffer
-from common.errors import Code, KaError, from_number
-from common.framing import Frame, FrameReceiver, Kind, encode_frame
+from common.errors import Code, KaError
+from common.framing import PAYLOAD_SIZE_MAX, Frame, FrameReceiver, Kind, encode_frame
+from common.messages import decode_error, encode_error
+from common.outbox import FilePayload, Outbox, Part
 
 __all__ = ["Connection", "FilePayload", "Handler", "Reply", "buffers"]
 
-SEND_QUEUE_SIZE_MAX = 8 * 1024 * 1024
 IN_HAND_SIZE_MAX = 32 * 1024 * 1024
 IN_HAND_COUNT_MAX = 256
+SEND_QUEUE_SIZE_MAX = 8 * 1024 * 1024
+"""Behind this much unsent, a caller waits: it would only fill memory."""
+ANSWER_QUEUE_SIZE_MAX = IN_HAND_SIZE_MAX + SEND_QUEUE_SIZE_MAX + PAYLOAD_SIZE_MAX
+"""More than a peer that keeps to the limits can make us queue, long message bodies aside."""
+assert 2 * PAYLOAD_SIZE_MAX <= IN_HAND_SIZE_MAX, "the largest request must fit"
 WATCHDOG_INTERVAL_S = 0.25
 """Deadlines are kept to this precision: they guard against hangs, they time nothing."""
 SOCKET_BUFFER_SIZE = 4 * 1024 * 1024
 """Of unix sockets; TCP tunes itself."""
-_GATHER_MAX = 512
 _FRAMES_PER_TURN = 32
-"""A busy connection lets other tasks run after this many frames."""
+_SIZE_PER_TURN = 4 * 1024 * 1024
+"""A busy connection lets other tasks run after this many frames or bytes."""
 
 _log = log.get("ka.transport")
 buffers = BufferPool()
 """Request payloads live here; whoever receives bulk data may borrow from it too."""
-
-
-class FilePayload(NamedTuple):
-    """A payload sent by the kernel from a file; `release` is called when it is on its way."""
-
-    fd: int
-    offset: int
-    length: int
-    release: Callable[[], None]
 
 
 class Reply(NamedTuple):
@@ -71,34 +70,25 @@ class Reply(NamedTuple):
 Handler = Callable[["Connection", bytes, memoryview | None], Reply | Awaitable[Reply | None] | None]
 """(connection, body, payload) -> Reply; None for a NOTIFY.  A handler that needs no waiting
 returns its Reply at once and runs inside the reader; any other returns an awaitable, which gets
-a task of its own.  The payload's buffer is taken back when the reply has been queued."""
+a task of its own.  The payload is lent until the reply has been made; a reply may contain it, but
+nothing else, such as an abandoned thread, may still use it."""
 
 
 class _Pending:
     """A request whose answer has not come."""
 
-    __slots__ = ("deadline", "into", "receiving", "task")
+    __slots__ = ("cost", "deadline", "end", "into", "receiving", "size", "task")
 
-    def __init__(self, deadline: float, into: memoryview | None) -> None:
+    def __init__(self, deadline: float, into: memoryview | None, size: int, cost: int) -> None:
         self.deadline = deadline
         self.into = into
+        self.size = size
+        self.cost = cost
+        self.end = 0
+        """Where the request ends in the outbox."""
         self.receiving = False
         self.task: trio.lowlevel.Task | None = None
-
-
-def encode_error(error: KaError) -> bytes:
-    """Return the body of an ERROR frame."""
-    context = {key: str(value) for key, value in error.context.items()}
-    return codec.encode((error.code.number, error.message, context))
-
-
-def decode_error(body: bytes) -> KaError:
-    """Return the error in the body of an ERROR frame."""
-    try:
-        number, message, context = codec.decode(body)
-        return KaError(from_number(number), message, **context)
-    except (ValueError, TypeError, KaError):
-        return KaError(Code.PROTOCOL, "unreadable error frame")
+        """Set while the caller sleeps."""
 
 
 class Connection:
@@ -123,19 +113,27 @@ class Connection:
         self.state: Any = None
         """Whatever the server that owns this connection keeps about its peer."""
         self.closed = trio.Event()
+        """It is of no use any more; its handlers are being cancelled."""
+        self.ended = trio.Event()
+        """`run` is over."""
         self._sock = sock
         self._handler = handler
         self._receiver = receiver
         self._next_id = 1
         self._pending: dict[int, _Pending] = {}
         self._has_pending = trio.Event()
-        self._queue: deque[Buffer | FilePayload] = deque()
-        self._queue_size = 0
-        self._queue_filled = trio.Event()
+        self._in_flight_size = 0
+        self._outbox = Outbox(sock)
+        self._outbox_filled = trio.Event()
         self._room = trio.Event()
+        self._gate = trio.Lock()
+        """First come, first served among callers that wait for room; its holder waits."""
         self._in_hand_size = 0
+        self._in_hand_count = 0
         self._handling: dict[int, trio.CancelScope] = {}
+        """By request id; notifications are not among them."""
         self._in_hand_changed = trio.Event()
+        self._turn_size = 0
         self._error: KaError | None = None
         self._nursery: trio.Nursery | None = None
         self._on_close: list[Callable[[], None]] = []
@@ -151,8 +149,8 @@ class Connection:
         return len(self._pending)
 
     def on_close(self, callback: Callable[[], None]) -> None:
-        """Call *callback* when the connection ends; at once if it has ended."""
-        if self._error is not None:
+        """Call *callback* when the connection and its handlers have ended; at once if so."""
+        if self.ended.is_set():
             callback()
         else:
             self._on_close.append(callback)
@@ -172,18 +170,24 @@ class Connection:
         *timeout* seconds, UNREACHABLE when the connection is lost: then nobody knows whether the
         request was carried out.  Cancellation tells the peer that the answer is not wanted.
         """
-        while self._queue_size > SEND_QUEUE_SIZE_MAX:
-            await self._wait_room()
-        if self._error is not None:
-            raise self._lost()
+        deadline = trio.current_time() + timeout
+        size = sum(map(len, payload))
+        cost = size if into is None else size + min(len(into), PAYLOAD_SIZE_MAX)
+        frame = encode_frame(Kind.REQUEST, self._next_id, body, size)
         request_id = self._next_id
         self._next_id += 1
-        size = sum(map(len, payload))
-        pending = _Pending(trio.current_time() + timeout, into)
-        pending.task = trio.lowlevel.current_task()
-        self._pending[request_id] = pending
+        if self._gate.locked() or not self._has_room(cost):
+            await self._wait_room(cost, deadline)
+        if self._error is not None:
+            raise self._lost()
+        pending = self._pending[request_id] = _Pending(deadline, into, size, cost)
+        self._in_flight_size += cost
         self._has_pending.set()
-        self._send((encode_frame(Kind.REQUEST, request_id, body, size), *payload))
+        self._send((frame, *payload))
+        if self._error is not None:  # the send has failed, and nobody could wake us
+            raise self._lost()
+        pending.end = self._outbox.end
+        pending.task = trio.lowlevel.current_task()
 
         def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
             self._forget(request_id)
@@ -194,13 +198,35 @@ class Connection:
         return answer
 
     def notify(self, body: bytes) -> None:
-        """Send a message that has no answer; lost if the connection is."""
-        if self._error is None:
-            self._send((encode_frame(Kind.NOTIFY, 0, body),))
+        """Send a message that has no answer; lost if the connection is.
+
+        A peer that does not read ends the connection: what waits here must have an end.
+        """
+        self._send((encode_frame(Kind.NOTIFY, 0, body),))
+        if self._outbox.size > ANSWER_QUEUE_SIZE_MAX:
+            self.close("the peer does not read")
 
     def close(self, reason: str = "closed") -> None:
         """End the connection; callers get UNREACHABLE, handlers are cancelled."""
         self._fail(KaError(Code.UNREACHABLE, reason, peer=self.peer))
+        if self._nursery is None:  # it has never run
+            self._sock.close()
+
+    def _has_room(self, cost: int) -> bool:
+        return (
+            len(self._pending) < IN_HAND_COUNT_MAX
+            and self._in_flight_size + cost <= IN_HAND_SIZE_MAX
+            and self._outbox.size <= SEND_QUEUE_SIZE_MAX
+        )
+
+    async def _wait_room(self, cost: int, deadline: float) -> None:
+        with trio.move_on_at(deadline) as scope:
+            async with self._gate:
+                while self._error is None and not self._has_room(cost):
+                    self._room = trio.Event()
+                    await self._room.wait()
+        if scope.cancelled_caught:
+            raise KaError(Code.TIMEOUT, "no room to send in time", peer=self.peer)
 
     # ------------------------------------------------------------ life
 
@@ -221,8 +247,10 @@ class Connection:
                     self._fail(KaError(Code.UNREACHABLE, str(error), peer=self.peer))
         finally:
             self._fail(KaError(Code.UNREACHABLE, "connection closed", peer=self.peer))
-            self._drop_queue()
             self._sock.close()
+            self.ended.set()
+            for callback in self._on_close:
+                callback()
 
     async def _closer(self) -> None:
         await self.closed.wait()
@@ -234,106 +262,50 @@ class Connection:
             return
         self._error = error
         self.closed.set()
-        for event in (self._queue_filled, self._room, self._in_hand_changed, self._has_pending):
+        self._outbox.drop()
+        for event in (self._outbox_filled, self._room, self._in_hand_changed, self._has_pending):
             event.set()
         for request_id in list(self._pending):
             self._finish(request_id, outcome.Error(self._lost()))
-        for callback in self._on_close:
-            callback()
-        self._on_close.clear()
 
     def _lost(self) -> KaError:
+        """Return what a caller hears: whatever the reason, the peer may be reached anew."""
         assert self._error is not None
-        if self._error.code in (Code.UNREACHABLE, Code.PROTOCOL):
-            return KaError(Code.UNREACHABLE, self._error.message, **self._error.context)
-        return KaError(self._error.code, self._error.message, **self._error.context)
+        return KaError(Code.UNREACHABLE, self._error.message, **self._error.context)
 
     # ------------------------------------------------------------ sending
 
-    def _send(self, parts: Sequence[Buffer | FilePayload]) -> None:
+    def _send(self, parts: Sequence[Part]) -> None:
         """Queue a frame, or send it at once when nothing waits before it."""
         if self._error is not None:
             for part in parts:
                 if isinstance(part, FilePayload):
                     part.release()
             return
-        idle = not self._queue
-        self._queue.extend(parts)
-        self._queue_size += sum(
-            part.length if isinstance(part, FilePayload) else len(part) for part in parts
-        )
+        idle = not self._outbox
+        self._outbox.put(parts)
         if idle:
             try:
-                self._pump()
+                self._outbox.pump()
             except BlockingIOError:
-                self._queue_filled.set()
+                self._outbox_filled.set()
             except OSError as error:
                 self._fail(KaError(Code.UNREACHABLE, str(error), peer=self.peer))
 
-    def _pump(self) -> None:
-        """Send until the queue is empty; raises BlockingIOError when the socket is full."""
-        queue = self._queue
-        while queue:
-            first = queue[0]
-            if isinstance(first, FilePayload):
-                sent = os.sendfile(self._sock.fileno(), first.fd, first.offset, first.length)
-                if sent == 0:
-                    raise OSError("a file became shorter while it was sent")
-                self._queue_size -= sent
-                if sent == first.length:
-                    queue.popleft()
-                    first.release()
-                else:
-                    queue[0] = first._replace(
-                        offset=first.offset + sent, length=first.length - sent
-                    )
-                continue
-            if len(queue) == 1:
-                sent = self._sock.send(first)
-            else:
-                gather: list[Buffer] = []
-                for part in queue:
-                    if isinstance(part, FilePayload) or len(gather) == _GATHER_MAX:
-                        break
-                    gather.append(part)
-                sent = self._sock.sendmsg(gather)
-            self._queue_size -= sent
-            while sent:
-                part = queue[0]
-                assert not isinstance(part, FilePayload)
-                if sent < len(part):
-                    queue[0] = memoryview(part)[sent:]
-                    break
-                sent -= len(part)
-                queue.popleft()
-
     async def _writer(self) -> None:
-        while True:
-            await self._queue_filled.wait()
-            self._queue_filled = trio.Event()
-            while self._queue and self._error is None:
+        while self._error is None:
+            await self._outbox_filled.wait()
+            self._outbox_filled = trio.Event()
+            while self._outbox:
                 await trio.lowlevel.wait_writable(self._sock)
                 try:
-                    self._pump()
+                    self._outbox.pump()
                 except BlockingIOError:
                     pass
                 except OSError as error:
                     self._fail(KaError(Code.UNREACHABLE, str(error), peer=self.peer))
-                if self._queue_size <= SEND_QUEUE_SIZE_MAX:
-                    self._room.set()
-            if self._error is not None:
-                return
-
-    async def _wait_room(self) -> None:
-        self._room = trio.Event()
-        if self._queue_size > SEND_QUEUE_SIZE_MAX and self._error is None:
-            await self._room.wait()
-
-    def _drop_queue(self) -> None:
-        for part in self._queue:
-            if isinstance(part, FilePayload):
-                part.release()
-        self._queue.clear()
+                self._room.set()
+                self._in_hand_changed.set()
 
     # ------------------------------------------------------------ receiving
 
@@ -361,6 +333,10 @@ class Connection:
         if count == 0:
             raise KaError(Code.UNREACHABLE, "the peer closed the connection", peer=self.peer)
         receiver.got(count)
+        self._turn_size += count
+        if self._turn_size > _SIZE_PER_TURN:
+            self._turn_size = 0
+            await trio.lowlevel.checkpoint()
 
     async def _take_frame(self, frame: Frame) -> None:
         kind = frame.kind
@@ -369,11 +345,9 @@ class Connection:
         elif kind is Kind.REPLY:
             await self._take_reply(frame)
         elif kind is Kind.ERROR:
-            if frame.payload_size:
-                raise KaError(Code.PROTOCOL, "an error frame with a payload")
             error = decode_error(frame.body)
             if frame.request_id == 0:
-                raise error
+                raise KaError(Code.UNREACHABLE, f"the peer gave up: {error}", peer=self.peer)
             self._finish(frame.request_id, outcome.Error(error))
         elif kind is Kind.CANCEL:
             scope = self._handling.get(frame.request_id)
@@ -383,7 +357,7 @@ class Connection:
             raise KaError(Code.PROTOCOL, f"unexpected {kind.name} frame")
 
     async def _take_payload(self) -> None:
-        while not self._receiver.payload_complete:
+        while not self._receiver.payload_complete and self._error is None:
             await self._receive(self._sock)
 
     async def _take_reply(self, frame: Frame) -> None:
@@ -407,46 +381,56 @@ class Connection:
             trio.lowlevel.reschedule(pending.task, result)
 
     def _forget(self, request_id: int) -> _Pending | None:
-        """Drop a request; its buffer is not touched from here on."""
+        """Drop a request; its buffers are not touched from here on."""
         pending = self._pending.pop(request_id, None)
-        if pending is not None and pending.receiving and not self._receiver.payload_complete:
+        if pending is None:
+            return None
+        if pending.receiving and not self._receiver.payload_complete:
             self._receiver.discard_payload()
+        if pending.size and self._outbox.end - self._outbox.size < pending.end:
+            self._outbox.keep(pending.end, pending.size)
+        self._in_flight_size -= pending.cost
+        self._room.set()
         return pending
 
     async def _take_request(self, frame: Frame) -> None:
+        request_id = frame.request_id
         if self._handler is None:
             raise KaError(Code.PROTOCOL, "requests are not served on this connection")
-        while (
-            self._in_hand_size + frame.payload_size > IN_HAND_SIZE_MAX
-            or len(self._handling) >= IN_HAND_COUNT_MAX
-            or self._queue_size > SEND_QUEUE_SIZE_MAX
-        ):
-            if self._queue_size > SEND_QUEUE_SIZE_MAX:
-                await self._wait_room()
-                continue
+        if (request_id == 0) is (frame.kind is Kind.REQUEST) or request_id in self._handling:
+            raise KaError(Code.PROTOCOL, f"{frame.kind.name} frame with request id {request_id}")
+        while self._is_crowded(frame.payload_size):
             self._in_hand_changed = trio.Event()
             await self._in_hand_changed.wait()
-            if self._error is not None:
-                return
         payload: memoryview | None = None
         if frame.payload_size:
             payload = buffers.take(frame.payload_size)
             self._receiver.take_payload(payload)
             await self._take_payload()
+        if self._error is not None:
+            return
         try:
             result = self._handler(self, frame.body, payload)
-        except BaseException as error:
-            self._answer_error(frame.request_id, error)
-            self._give_back(payload)
+            if result is None or isinstance(result, Reply):
+                self._answer(request_id, result, payload)
+                return
+        except Exception as error:
+            self._answer_error(request_id, error, payload)
             return
-        if result is None or isinstance(result, Reply):
-            self._answer(frame.request_id, result)
-            self._give_back(payload)
-        else:
-            assert self._nursery is not None
-            self._in_hand_size += frame.payload_size
-            scope = self._handling[frame.request_id] = trio.CancelScope()
-            self._nursery.start_soon(self._handle, frame.request_id, result, payload, scope)
+        assert self._nursery is not None
+        self._in_hand_size += frame.payload_size
+        self._in_hand_count += 1
+        scope = trio.CancelScope()
+        if request_id:
+            self._handling[request_id] = scope
+        self._nursery.start_soon(self._handle, request_id, result, payload, scope)
+
+    def _is_crowded(self, payload_size: int) -> bool:
+        return self._error is None and (
+            self._in_hand_count >= IN_HAND_COUNT_MAX
+            or self._in_hand_size + payload_size > IN_HAND_SIZE_MAX
+            or self._outbox.size > ANSWER_QUEUE_SIZE_MAX
+        )
 
     async def _handle(
         self,
@@ -455,45 +439,49 @@ class Connection:
         payload: memoryview | None,
         scope: trio.CancelScope,
     ) -> None:
+        payload_size = 0 if payload is None else len(payload)
         try:
             with scope:
-                self._answer(request_id, await work)
+                self._answer(request_id, await work, payload)
             if scope.cancelled_caught:
-                self._answer_error(request_id, KaError(Code.CANCELLED))
+                self._answer_error(request_id, KaError(Code.CANCELLED), payload)
         except Exception as error:
-            self._answer_error(request_id, error)
+            self._answer_error(request_id, error, payload)
         finally:
             self._handling.pop(request_id, None)
-            if payload is not None:
-                self._in_hand_size -= len(payload)
-            self._give_back(payload)
+            self._in_hand_size -= payload_size
+            self._in_hand_count -= 1
             self._in_hand_changed.set()
 
-    def _give_back(self, payload: memoryview | None) -> None:
-        if payload is not None:
-            buffers.give(payload)
+    def _answer(self, request_id: int, reply: Reply | None, request: memoryview | None) -> None:
+        """Queue the answer and take the request's payload back."""
+        payload = None if reply is None else reply.payload
+        file = payload if isinstance(payload, FilePayload) else None
+        try:
+            if request_id == 0:
+                reply = None
+            elif reply is None:
+                raise KaError(Code.INTERNAL, "the request has no answer")
+            if reply is not None:
+                size = 0 if payload is None else file.length if file else len(payload)
+                frame = encode_frame(Kind.REPLY, request_id, reply.body, size)
+                self._send((frame,) if payload is None else (frame, payload))
+                file = None
+        finally:
+            if file is not None:
+                file.release()
+        # Part of the request may be on its way back; its buffer is then simply collected.
+        if request is not None and getattr(payload, "obj", None) is not request.obj:
+            buffers.give(request)
 
-    def _answer(self, request_id: int, reply: Reply | None) -> None:
-        if reply is None or request_id == 0:
-            return
-        payload = reply.payload
-        if payload is None:
-            self._send((encode_frame(Kind.REPLY, request_id, reply.body),))
-        elif isinstance(payload, FilePayload):
-            frame = encode_frame(Kind.REPLY, request_id, reply.body, payload.length)
-            self._send((frame, payload))
-        else:
-            frame = encode_frame(Kind.REPLY, request_id, reply.body, len(payload))
-            self._send((frame, payload))
-
-    def _answer_error(self, request_id: int, error: BaseException) -> None:
+    def _answer_error(self, request_id: int, error: Exception, request: memoryview | None) -> None:
         if not isinstance(error, KaError):
-            if not isinstance(error, Exception):
-                raise error
             _log.error("request.failed", peer=self.peer, exc_info=error)
             error = KaError(Code.INTERNAL, f"{type(error).__name__}: {error}")
         if request_id:
             self._send((encode_frame(Kind.ERROR, request_id, encode_error(error)),))
+        if request is not None:
+            buffers.give(request)
 
     async def _watchdog(self) -> None:
         while self._error is None:
@@ -507,5 +495,3 @@ class Connection:
                     late = KaError(Code.TIMEOUT, "no answer in time", peer=self.peer)
                     self._finish(request_id, outcome.Error(late))
                     self._send((encode_frame(Kind.CANCEL, request_id, b""),))
-
-

@@ -20,8 +20,8 @@ import trio
 
 from common import log
 from common.errors import Code, KaError
+from nfsp import check, mounting, status
 from nfsp import export as nfs
-from nfsp import mounting, status
 from nfsp.config import load_cluster
 from nfsp.iod.server import run_iod
 from nfsp.mds import daemon
@@ -267,6 +267,23 @@ def status_command(config_path: Path, as_json: bool) -> None:
         sys.exit(Code.UNREACHABLE.exit_code)
 
 
+@nfsp.command(epilog="Example: nfsp -c cluster.toml fsck --repair")
+@click.option("--repair", is_flag=True, help="Mend what can be mended.")
+@click.option("--verify", is_flag=True, help="Let every iod check the sums of all its data too.")
+@_json
+@click.pass_obj
+def fsck(config_path: Path, repair: bool, verify: bool, as_json: bool) -> None:
+    """Check metadata and data against each other, on line.
+
+    Exits 0 if clean, 1 if there were leftovers of interrupted work, 5 if there was damage, 3 if
+    something could not be checked.
+    """
+    config, key = load_cluster(config_path)
+    report = trio.run(partial(check.run_fsck, config, key, repair=repair, verify=verify))
+    click.echo(json.dumps(report.as_data()) if as_json else check.lay_out(report))
+    sys.exit(report.exit_code)
+
+
 @nfsp.command(epilog="Example: nfsp layout /mnt/data stripe_width=1 chunk_size=4194304")
 @click.argument("path", type=click.Path(exists=True))
 @click.argument("rule", nargs=-1)
@@ -283,7 +300,7 @@ def layout(path: str, rule: tuple[str, ...]) -> None:
 
 @nfsp.command(epilog="Example: nfsp export /mnt --to 10.0.0.0/24 --to login1")
 @click.argument("path", type=click.Path())
-@click.option("--to", "clients", multiple=True, help="A host, network or @netgroup.")
+@click.option("--to", "clients", multiple=True, help="A host, node[1-20], network or @netgroup.")
 @click.option("--remove", is_flag=True, help="Withdraw the export.")
 @click.option("--options", default="", help="More export options, e.g. no_root_squash.")
 @click.option("--print", "print_only", is_flag=True, help="Only print the exports line.")

@@ -16,6 +16,7 @@ import subprocess
 import uuid
 from pathlib import Path
 
+from common import nodeset
 from common.errors import Code, KaError
 
 __all__ = ["export_lines", "remove_export", "write_export"]
@@ -28,6 +29,7 @@ def export_lines(path: str, clients: list[str], fs_uuid: bytes, *, options: str 
     """Return the exports file's text for a mount and its clients."""
     if any(c.isspace() or c in '"\\#' for c in path):
         raise KaError(Code.USAGE, f"this path cannot be exported: {path!r}")
+    clients = [name for client in clients for name in _hosts(client)]
     for client in clients:
         if not _CLIENTS.fullmatch(client):
             raise KaError(Code.USAGE, f"not a host, network or netgroup: {client!r}")
@@ -35,6 +37,12 @@ def export_lines(path: str, clients: list[str], fs_uuid: bytes, *, options: str 
     if options:
         base += f",{options}"
     return f"{path} " + " ".join(f"{client}({base})" for client in clients) + "\n"
+
+
+def _hosts(client: str) -> list[str]:
+    """Expand a node set (`node[1-20]`); networks, netgroups and patterns stay as they are."""
+    is_node_set = "[" in client and not client.startswith(("[", "@")) and "*" not in client
+    return nodeset.expand(client) if is_node_set else [client]
 
 
 def _exports_file(path: str) -> Path:

@@ -69,7 +69,8 @@ def parse_options(texts: tuple[str, ...], defaults: MountConfig) -> MountOptions
                 )
         except ValueError:
             raise KaError(Code.USAGE, f"mount option {name}: not a number: {value!r}") from None
-    return MountOptions(dataclasses.replace(defaults, **changes), durable, tuple(kernel))  # type: ignore[arg-type]
+    mount: MountConfig = dataclasses.replace(defaults, **changes)  # type: ignore[arg-type]
+    return MountOptions(mount, durable, tuple(kernel))
 
 
 class MountFiles:

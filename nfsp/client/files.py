@@ -179,6 +179,12 @@ class OpenFile:
             extent.done.set()
             self._dirty.give_back(extent.length)
 
+    def note_trim(self) -> None:
+        """The next fsync must make a truncation durable on every iod of the file."""
+        for column in range(self.layout.stripe_width):
+            for iod in self._iods.iods_of(self.layout, column):
+                self.unsynced.add((iod, column))
+
     async def settle(self) -> None:
         """Wait until everything accepted so far has been answered by the iods."""
         self.push()

@@ -187,6 +187,8 @@ class Volume:
         ):
             await file.settle()
             await self._report(file, durable=False)
+            if valid & wire.SET_SIZE:
+                file.note_trim()
         inode = await self.mds.mutate_inode(
             lambda slot, number: wire.SetAttr(
                 slot, number, ino, valid, mode, uid, gid, size, atime_ns, mtime_ns

@@ -471,7 +471,10 @@ class ChunkFile:
     # -- clearing
 
     def trim(self, row: int, offset: int, *, chunk_size: int) -> None:
-        """Drop everything at or after that place."""
+        """Drop everything at or after that place; a chunk file that keeps nothing is removed."""
+        if row == offset == 0:
+            self.remove()
+            return
         start = row * chunk.row_stride(chunk_size)
         size = start + HEADER_SIZE + offset if offset else start
         if not self.open() or start >= self.size:
@@ -485,8 +488,6 @@ class ChunkFile:
         kept = row + 1 if offset else row
         for gone in [cached for cached in self._rows if cached >= kept]:
             del self._rows[gone]
-        if self.size == 0:
-            self._chunk_size = None
 
     def _cut(self, size: int) -> None:
         if size < self.size:

@@ -21,7 +21,8 @@ from nfsp.config import ClusterConfig, MdsConfig
 from nfsp.iod_links import IodLinks
 from nfsp.mds import clustermap, namespace
 from nfsp.mds.engine import Engine
-from nfsp.mds.lmdb_engine import LmdbConfig, LmdbEngine
+from nfsp.mds.lmdb_config import LmdbConfig
+from nfsp.mds.lmdb_engine import LmdbEngine
 from nfsp.mds.server import MdsServer
 from nfsp.mds.upkeep import Upkeep
 from nfsp.model import ClusterMap, Layout, Superblock

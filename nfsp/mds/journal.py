@@ -81,7 +81,7 @@ class Record:
 
     sequence: int
     epoch: int
-    changes: list[tuple[bytes, bytes | None]]
+    batch: dict[bytes, bytes | None]
 
 
 def encode_header(header: SegmentHeader) -> bytes:
@@ -177,11 +177,11 @@ def _read_record(
         return None, offset
     if end > len(segment) or _verified(segment[offset:end], end - offset) is None:
         return None, offset
-    return Record(sequence, epoch, _read_changes(segment, body, end)), end
+    return Record(sequence, epoch, _read_batch(segment, body, end)), end
 
 
-def _read_changes(segment: bytes, offset: int, end: int) -> list[tuple[bytes, bytes | None]]:
-    changes: list[tuple[bytes, bytes | None]] = []
+def _read_batch(segment: bytes, offset: int, end: int) -> dict[bytes, bytes | None]:
+    batch: dict[bytes, bytes | None] = {}
     unpack = _PAIR.unpack_from
     while offset < end:
         key_size, value_size = unpack(segment, offset)
@@ -189,13 +189,13 @@ def _read_changes(segment: bytes, offset: int, end: int) -> list[tuple[bytes, by
         key = segment[offset : offset + key_size]
         offset += key_size
         if value_size == _TOMBSTONE:
-            changes.append((key, None))
+            batch[key] = None
         else:
-            changes.append((key, segment[offset : offset + value_size]))
+            batch[key] = segment[offset : offset + value_size]
             offset += value_size
     # The sum was right, so only a bug of the writer can bring us here.
     assert offset == end
-    return changes
+    return batch
 
 
 def _summed(body: bytes) -> bytes:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from common.errors import Code, KaError
 from nfsp.mds import journal
-from nfsp.mds.journal import MARK_OFFSET, Record, SegmentHeader
+from nfsp.mds.journal import MARK_OFFSET, RECORDS_OFFSET, Record, SegmentHeader
 
 __all__ = ["RecoveryPlan", "Replay", "plan_recovery"]
 
@@ -125,7 +125,7 @@ def _require_whole(
             journal_from=first.header.first_sequence,
         )
     durable_sequence = max(
-        journal.decode_mark(content[MARK_OFFSET:], store) for content in contents
+        journal.decode_mark(content[MARK_OFFSET:RECORDS_OFFSET], store) for content in contents
     )
     if max(last_sequence, checkpoint_sequence) < durable_sequence:
         raise _damaged(

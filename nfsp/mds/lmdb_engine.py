@@ -23,66 +23,22 @@ On-disk format and crash points: docs/_metadata_store.md.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
-from common.errors import Code, KaError, from_errno
+from common.errors import Code, KaError
 from nfsp.mds.engine import Batch, Statistics, TaskStatus, require_epoch
+from nfsp.mds.group_sync import GroupSync
 from nfsp.mds.journal import Record
-from nfsp.mds.journal_files import create_segments, open_journal, sync
-from nfsp.mds.lmdb_store import (
-    DATA_NAME,
-    LmdbStore,
-    MapFull,
-    Snapshot,
-    StoreState,
-    lock_directory,
-    not_formatted,
-    sync_directory,
-)
+from nfsp.mds.lmdb_config import LmdbConfig
+from nfsp.mds.lmdb_store import MapFull, Snapshot, StoreState
 from nfsp.mds.overlay import Overlay, Pair, merge_scan
+from nfsp.mds.store_directory import StoreDirectory, open_directory
 
-__all__ = ["LmdbConfig", "LmdbEngine"]
-
-_STORE_ID_SIZE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class LmdbConfig:
-    """Sizes and times.  The journal segment bounds the memory too: two overlays are held."""
-
-    segment_size: int = 32 << 20
-    """Bytes of each of the two journal files; only used when a store is made."""
-    checkpoint_size: int = 8 << 20
-    """Bytes of records after which a checkpoint is begun."""
-    checkpoint_entries: int = 40_000
-    """Changed keys after which a checkpoint is begun."""
-    checkpoint_age_ms: int = 5_000
-    """A checkpoint is begun when records have waited this long."""
-    checkpoint_retry_ms: int = 500
-    """Pause after a checkpoint that failed, say for lack of space."""
-    overlay_entries_max: int = 200_000
-    """Changed keys per overlay; beyond, batches are refused until a checkpoint is done."""
-    map_size: int = 64 << 30
-    """Bytes of address space for LMDB to begin with; doubled when it is used up."""
-
-    def validate(self) -> None:
-        """Raise USAGE if the values do not go together."""
-        if self.segment_size < 8192:
-            raise KaError(Code.USAGE, "segment_size must be at least 8192 bytes")
-        if not 0 < self.checkpoint_size <= self.segment_size:
-            raise KaError(Code.USAGE, "checkpoint_size must be positive, at most segment_size")
-        if not 0 < self.checkpoint_entries <= self.overlay_entries_max:
-            raise KaError(
-                Code.USAGE, "checkpoint_entries must be positive, at most overlay_entries_max"
-            )
-        if self.map_size < 1 << 20:
-            raise KaError(Code.USAGE, "map_size must be at least 1 MiB")
+__all__ = ["LmdbEngine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,77 +52,46 @@ class _Frozen:
 class LmdbEngine:
     """An `Engine` on a local directory.  Make one with `create` or `open`."""
 
-    def __init__(
-        self, directory: Path, config: LmdbConfig, lock: int, store: LmdbStore, state: StoreState
-    ) -> None:
+    def __init__(self, directory: StoreDirectory, config: LmdbConfig) -> None:
         self._directory = directory
         self._config = config
-        self._lock = lock
-        self._store = store
-        self._state = state
+        self._store = directory.store
+        self._state = directory.state
+        self._journal = directory.journal
         self._overlay = Overlay()
         self._frozen: _Frozen | None = None
-        self._epoch = state.epoch
-        self._sequence = state.checkpoint_sequence
-        self._journal, replayed = open_journal(directory, state.store, self._sequence)
-        self._replay(replayed)
-        self._durable_sequence = self._sequence
+        self._epoch = self._state.epoch
+        self._sequence = self._state.checkpoint_sequence
+        self._replay(directory.unsaved_records)
+        self._sync = GroupSync(self._journal, self._sequence, self._journal_failed)
         self._failure: KaError | None = None
         self._checkpoint_error: KaError | None = None
-        self._checkpoint_count = self._checkpoint_failure_count = self._sync_count = 0
+        self._checkpoint_count = self._checkpoint_failure_count = 0
         self._checkpoint_lock = trio.Lock()
         self._checkpoint_thread = trio.CapacityLimiter(1)
-        self._sync_thread = trio.CapacityLimiter(1)
-        self._sync_finished: trio.Event | None = None
         self._room: trio.Event | None = None
         self._wake = trio.Event()
         self._is_idle = False
+        self._is_closed = False
 
     @classmethod
-    def create(cls, directory: Path, config: LmdbConfig | None = None) -> LmdbEngine:
-        """Make a new store in *directory* (which may exist) and open it.
+    def create(cls, path: Path, config: LmdbConfig | None = None) -> LmdbEngine:
+        """Make a new store in directory *path* (which may exist) and open it.
 
         Raises EEXIST if it holds one already.  What an interrupted attempt left is replaced.
         """
-        return cls._start(directory, config or LmdbConfig(), is_new=True)
+        config = config or LmdbConfig()
+        return cls(open_directory(path, config, is_new=True), config)
 
     @classmethod
-    def open(cls, directory: Path, config: LmdbConfig | None = None) -> LmdbEngine:
-        """Open the store in *directory*, with all that was applied before.
+    def open(cls, path: Path, config: LmdbConfig | None = None) -> LmdbEngine:
+        """Open the store in directory *path*, with all that was applied before.
 
         Raises NOT_FORMATTED, EBUSY if another process has it, ENGINE_DAMAGED, WRONG_VERSION.
         Blocks for as long as reading two journal segments takes.
         """
-        if not (directory / DATA_NAME).exists():
-            raise not_formatted(directory)
-        return cls._start(directory, config or LmdbConfig(), is_new=False)
-
-    @classmethod
-    def _start(cls, directory: Path, config: LmdbConfig, *, is_new: bool) -> LmdbEngine:
-        config.validate()
-        with contextlib.ExitStack() as undo:
-            try:
-                if is_new:
-                    directory.mkdir(mode=0o700, exist_ok=True)
-                lock = lock_directory(directory)
-                undo.callback(os.close, lock)
-                store = LmdbStore(directory, config.map_size)
-                undo.callback(store.close)
-                state = store.load()
-                if is_new:
-                    if state is not None:
-                        raise KaError(Code.EEXIST, f"{directory} holds a metadata store already")
-                    state = _format(directory, config, store)
-                if state is None:
-                    raise not_formatted(directory)
-                engine = cls(directory, config, lock, store, state)
-            except OSError as error:
-                raise KaError(
-                    from_errno(error.errno or errno.EIO),
-                    f"cannot open the metadata store in {directory}: {error.strerror}",
-                ) from error
-            undo.pop_all()
-            return engine
+        config = config or LmdbConfig()
+        return cls(open_directory(path, config, is_new=False), config)
 
     @property
     def epoch(self) -> int:
@@ -204,19 +129,16 @@ class LmdbEngine:
             raise self._write_failure(error) from error
         self._sequence = sequence
         self._epoch = epoch
-        self._overlay.update(batch.items())
+        self._overlay.update(batch)
         if self._is_idle or self._is_due():
             self._wake.set()
         return sequence
 
     async def wait_durable(self, sequence: int) -> None:
         assert sequence <= self._sequence
-        while self._durable_sequence < sequence:
+        while self._sync.durable_sequence < sequence:
             self._refuse_if_failed()
-            if self._sync_finished is None:
-                await self._sync()
-            else:
-                await self._sync_finished.wait()
+            await self._sync.advance(self._sequence)
         self._refuse_if_failed()
 
     async def wait_room(self) -> None:
@@ -256,27 +178,24 @@ class LmdbEngine:
         return Statistics(
             epoch=self._epoch,
             last_sequence=self._sequence,
-            durable_sequence=self._durable_sequence,
+            durable_sequence=self._sync.durable_sequence,
             checkpoint_sequence=self._state.checkpoint_sequence,
             overlay_entries=sum(len(overlay.entries) for overlay in overlays),
             overlay_bytes=sum(overlay.size for overlay in overlays),
             journal_bytes=self._journal.content_size,
             checkpoint_count=self._checkpoint_count,
             checkpoint_failure_count=self._checkpoint_failure_count,
-            sync_count=self._sync_count,
+            sync_count=self._sync.sync_count,
         )
 
     def close(self) -> None:
         """Release everything.  No asynchronous call may be in progress."""
         assert not self._checkpoint_lock.locked()
-        assert self._sync_finished is None
-        if self._lock < 0:
-            return
-        self._fail(KaError(Code.EBADF, "the metadata engine is closed"))
-        self._journal.close()
-        self._store.close()
-        os.close(self._lock)
-        self._lock = -1
+        assert not self._sync.is_busy
+        if not self._is_closed:
+            self._is_closed = True
+            self._fail(KaError(Code.EBADF, "the metadata engine is closed"))
+            self._directory.close()
 
     def _overlays(self) -> list[Overlay]:
         """Return what lies over LMDB, oldest first."""
@@ -286,10 +205,10 @@ class LmdbEngine:
         for number, records in enumerate(replayed):
             if number > 0:
                 self._put_aside()
-            for record in records:
-                self._overlay.update(record.changes)
-                self._sequence = record.sequence
-                self._epoch = record.epoch
+            self._overlay = Overlay.from_batches(record.batch for record in records)
+            if records:
+                self._sequence = records[-1].sequence
+                self._epoch = records[-1].epoch
 
     def _put_aside(self) -> None:
         state = StoreState(self._state.store, self._sequence, self._epoch)
@@ -311,7 +230,8 @@ class LmdbEngine:
         if self._frozen is None:
             self._freeze()
             return
-        self._room = self._room or trio.Event()
+        if self._room is None:
+            self._room = trio.Event()
         if self._checkpoint_error is not None:
             raise KaError(self._checkpoint_error.code, self._checkpoint_error.message)
         raise KaError(Code.BUSY, "metadata changes come faster than they can be checkpointed")
@@ -363,7 +283,7 @@ class LmdbEngine:
             self._journal.release()
             self._checkpoint_count += 1
             self._checkpoint_error = None
-            self._durable_sequence = max(self._durable_sequence, frozen.state.checkpoint_sequence)
+            self._sync.note(frozen.state.checkpoint_sequence)
             self._announce_room()
 
     async def _write_out(self, frozen: _Frozen) -> None:
@@ -379,28 +299,15 @@ class LmdbEngine:
             except MapFull:
                 self._store.grow()
 
-    async def _sync(self) -> None:
-        """Make durable what has been applied, for all who wait."""
-        self._sync_finished = finished = trio.Event()
-        target = self._sequence
-        try:
-            await trio.to_thread.run_sync(sync, self._journal.unsynced(), limiter=self._sync_thread)
-            self._sync_count += 1
-            self._durable_sequence = max(self._durable_sequence, target)
-            self._journal.mark(self._durable_sequence)
-        except OSError as error:
-            self._fail(KaError(Code.EIO, f"cannot sync the metadata journal: {error.strerror}"))
-            self._refuse_if_failed()
-        finally:
-            self._sync_finished = None
-            finished.set()
-
     def _write_failure(self, error: OSError) -> KaError:
         """Return what to raise when writing to the journal failed."""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             # Only where the local file system copies on write.  The place is taken again.
-            return KaError(Code.ENOSPC, f"no space left for the journal in {self._directory}")
-        failure = KaError(Code.EIO, f"cannot write the metadata journal: {error.strerror}")
+            return KaError(Code.ENOSPC, f"no space left for the journal in {self._directory.path}")
+        return self._journal_failed(error)
+
+    def _journal_failed(self, error: OSError) -> KaError:
+        failure = KaError(Code.EIO, f"the metadata journal failed: {error.strerror}")
         self._fail(failure)
         return failure
 
@@ -417,14 +324,3 @@ class LmdbEngine:
     def _refuse_if_failed(self) -> None:
         if self._failure is not None:
             raise KaError(self._failure.code, self._failure.message, **self._failure.context)
-
-
-def _format(directory: Path, config: LmdbConfig, store: LmdbStore) -> StoreState:
-    """Make the journal, then the state record: a store that has one has its journal too."""
-    state = StoreState(os.urandom(_STORE_ID_SIZE), 0, 0)
-    create_segments(directory, state.store, config.segment_size)
-    sync_directory(directory)
-    store.write(Overlay(), state)
-    store.renew_reader()
-    sync_directory(directory.parent)
-    return state

@@ -1,8 +1,7 @@
 """The main store of the embedded engine: an LMDB environment that checkpoints are written to.
 
-Owns data.mdb, lock.mdb and owner.lock, the read transaction that serves the event loop, and the
-guard: LMDB's pages have no checksums, so each value is stored behind the XXH3-64 of key and
-value.
+Owns data.mdb and lock.mdb, the read transaction that serves the event loop, and the guard: LMDB's
+pages have no checksums, so each value is stored behind the XXH3-64 of key and value.
 
 Invariants
   * data and the state record (checkpoint sequence, epoch) change in one transaction;
@@ -16,7 +15,6 @@ Not here: when to write, the journal, what to do about errors.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import struct
 from dataclasses import dataclass
@@ -36,14 +34,10 @@ __all__ = [
     "MapFull",
     "Snapshot",
     "StoreState",
-    "lock_directory",
-    "not_formatted",
-    "sync_directory",
 ]
 
 VERSION = 1
 DATA_NAME = "data.mdb"
-_LOCK_NAME = "owner.lock"
 _STATE_KEY = b"state"
 _STATE = struct.Struct("<4sI16sQQ")  # magic, version, store, checkpoint sequence, epoch
 _SUM = struct.Struct("<Q")
@@ -242,40 +236,14 @@ class LmdbStore:
             )
 
     def _write_failure(self, error: lmdb.Error) -> KaError:
-        if isinstance(error, lmdb.PanicError):
-            # LMDB failed to write its meta page and no longer knows which one counts.
+        if isinstance(error, (lmdb.PanicError, lmdb.CorruptedError, lmdb.PageNotFoundError)):
+            # Panic: LMDB failed to write its meta page and no longer knows which one counts.
             return _damaged(error)
         status = os.statvfs(self._directory)
         is_full = status.f_bavail * status.f_frsize < _SPACE_MIN
         if error.code in (errno.ENOSPC, errno.EDQUOT) or (error.code == errno.EIO and is_full):
             return KaError(Code.ENOSPC, f"no space left for a checkpoint in {self._directory}")
         return KaError(Code.EIO, "a checkpoint of the metadata store failed", error=error)
-
-
-def not_formatted(directory: Path) -> KaError:
-    return KaError(Code.NOT_FORMATTED, f"no metadata store in {directory}; run nfsp mkfs")
-
-
-def lock_directory(directory: Path) -> int:
-    """Return a descriptor that holds the directory's lock until it is closed."""
-    descriptor = os.open(directory / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise KaError(
-            Code.EBUSY, f"the metadata store in {directory} is in use by another process"
-        ) from None
-    return descriptor
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in *directory* durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open_environment(directory: Path, map_size: int) -> lmdb.Environment:

@@ -14,7 +14,7 @@ Not here: any bound on its size.  The journal segment behind it is the bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 from sortedcontainers import SortedList
@@ -34,11 +34,21 @@ class Overlay:
         self.keys: SortedList = SortedList()
         self.size = 0
 
-    def update(self, changes: Iterable[tuple[bytes, bytes | None]]) -> None:
+    @classmethod
+    def from_batches(cls, batches: Iterable[Mapping[bytes, bytes | None]]) -> Overlay:
+        """Return what updating with all *batches* would give; much quicker for many."""
+        self = cls()
+        for batch in batches:
+            self.entries.update(batch)
+        self.keys.update(self.entries)
+        self.size = sum(len(key) + len(value or b"") for key, value in self.entries.items())
+        return self
+
+    def update(self, batch: Mapping[bytes, bytes | None]) -> None:
         """Take the changes of one batch."""
         entries = self.entries
         size = 0
-        for key, value in changes:
+        for key, value in batch.items():
             if key in entries:
                 size -= len(entries[key] or b"")
             else:

@@ -158,7 +158,7 @@ class Space:
 
     def close(self, ino: int) -> None:
         self.opens.pop((self.session, ino), None)
-        self.do(sessions.close_inode, wire.Close(ino))
+        self.do(sessions.close_inode, wire.Close(ino, 1))
 
     def expire(self, session: int, limit: int = 2) -> list[Effect]:
         """End a session as the server does; return all its effects."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.checksum import digest
 from common.errors import Code, KaError
 from nfsp.mds import journal
 from nfsp.mds.engine import KEY_SIZE_MAX, Batch
@@ -68,7 +72,7 @@ def sequences(found: RecoveryPlan) -> list[list[int]]:
 def test_records_read_back_as_written(written: list[Batch], epoch: int) -> None:
     image = Image(0, 1, 7).append(*written, epoch=epoch)
     records, end = journal.read_records(bytes(image.data), tag=image.tag, first_sequence=7)
-    assert [dict(record.changes) for record in records] == written
+    assert [record.batch for record in records] == written
     assert [record.sequence for record in records] == list(range(7, 7 + len(written)))
     assert all(record.epoch == epoch for record in records)
     assert end == image.offset
@@ -202,7 +206,7 @@ def test_unknown_version_is_refused() -> None:
     header = bytearray(image.data[: journal.HEADER_SIZE])
     header[12] = 2
     body = bytes(header[8:])
-    image.data[: journal.HEADER_SIZE] = journal.digest(body).to_bytes(8, "little") + body
+    image.data[: journal.HEADER_SIZE] = digest(body).to_bytes(8, "little") + body
     with pytest.raises(KaError) as caught:
         plan(image, blank())
     assert caught.value.code is Code.WRONG_VERSION
@@ -214,3 +218,29 @@ def test_garbage_is_no_record_and_never_raises(garbage: bytes, start: int) -> No
     place = image.offset + start
     image.data[place : place + len(garbage)] = garbage
     assert sequences(plan(bytes(image.data[:SEGMENT_SIZE]), blank())) == [[1]]
+
+
+def test_documented_example_is_what_is_written_and_read() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "_metadata_store.md").read_text()
+    segment = bytearray(RECORDS_OFFSET)
+    for place, data in re.findall(r"^([0-9a-f]{8})  ((?:[0-9a-f]{2} ?){1,16})", text, re.MULTILINE):
+        piece = bytes.fromhex(data)
+        segment[int(place, 16) : int(place, 16) + len(piece)] = piece
+    header = journal.decode_header(bytes(segment))
+    assert header == SegmentHeader(
+        generation=1,
+        first_sequence=1,
+        tag=bytes.fromhex("9f1c52e007b36ad4"),
+        store=b"ka metadata stor",
+    )
+    assert journal.decode_mark(bytes(segment[MARK_OFFSET:]), header.store) == 1
+    records, end = journal.read_records(bytes(segment), tag=header.tag, first_sequence=1)
+    expected: list[Batch] = [{b"a/one": b"hello"}, {b"a/one": None, b"a/two": b""}]
+    assert [record.batch for record in records] == expected
+    assert end == len(segment)
+    written = [
+        journal.encode_record(batch, tag=header.tag, sequence=number + 1, epoch=3)
+        for number, batch in enumerate(expected)
+    ]
+    assert b"".join(written) == segment[RECORDS_OFFSET:]
+    assert segment.startswith(journal.encode_header(header))

@@ -1,4 +1,4 @@
-"""The embedded engine against the model, and against everything that can go wrong on a disk."""
+"""The embedded engine against the model, and its behaviour call by call."""
 
 from __future__ import annotations
 
@@ -9,32 +9,21 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from common.errors import Code, KaError
 from nfsp.mds.engine import KEY_END, Batch
-from nfsp.mds.lmdb_engine import LmdbConfig, LmdbEngine
+from nfsp.mds.lmdb_config import LmdbConfig
+from nfsp.mds.lmdb_engine import LmdbEngine
+from nfsp.mds.lmdb_store import LmdbStore
 from nfsp.mds.memory_engine import MemoryEngine
+from tests.support.engines import SMALL, content, created, fill, opened, refused
 
-SMALL = LmdbConfig(
-    segment_size=8192,
-    checkpoint_size=2048,
-    checkpoint_entries=16,
-    overlay_entries_max=24,
-    map_size=1 << 20,
-)
 SECTOR_SIZE = 512
 JOURNALS = ("journal.0", "journal.1")
-
-
-def content(engine: LmdbEngine | MemoryEngine) -> list[tuple[bytes, bytes]]:
-    return engine.scan(b"", KEY_END, 1 << 30)
-
-
-def refused(code: Code) -> pytest.RaisesExc[KaError]:
-    return pytest.RaisesExc(KaError, check=lambda error: error.code is code)
 
 
 @pytest.fixture
@@ -168,3 +157,203 @@ EngineAgainstModel.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None
 )
 TestEngineAgainstModel = EngineAgainstModel.TestCase
+
+
+def test_directory_without_a_store_is_not_formatted(directory: Path) -> None:
+    with refused(Code.NOT_FORMATTED):
+        LmdbEngine.open(directory, SMALL)
+    assert not directory.exists()
+
+
+def test_interrupted_creation_is_not_formatted_and_can_be_repeated(directory: Path) -> None:
+    directory.mkdir()
+    LmdbStore(directory, SMALL.map_size).close()
+    with refused(Code.NOT_FORMATTED):
+        LmdbEngine.open(directory, SMALL)
+    with created(directory) as engine:
+        assert content(engine) == []
+
+
+def test_store_is_never_created_over_another_one(directory: Path) -> None:
+    with created(directory) as engine:
+        engine.apply({b"k": b"v"}, epoch=0)
+    with refused(Code.EEXIST):
+        LmdbEngine.create(directory, SMALL)
+    with opened(directory) as engine:
+        assert engine.get(b"k") == b"v"
+
+
+def test_second_opener_is_refused(directory: Path) -> None:
+    with created(directory), refused(Code.EBUSY):
+        LmdbEngine.open(directory, SMALL)
+    with opened(directory):
+        pass
+
+
+def test_files_are_readable_by_their_owner_only(directory: Path) -> None:
+    with created(directory):
+        assert directory.stat().st_mode & 0o777 == 0o700
+        assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o600}
+
+
+def test_closed_engine_refuses_every_call(directory: Path) -> None:
+    engine = LmdbEngine.create(directory, SMALL)
+    engine.close()
+    engine.close()
+    for call in (
+        lambda: engine.get(b"k"),
+        lambda: engine.scan(b"", KEY_END, 1),
+        lambda: engine.apply({}, epoch=0),
+        lambda: trio.run(engine.checkpoint),
+    ):
+        with refused(Code.EBADF):
+            call()
+
+
+def test_batch_of_a_lower_epoch_is_refused_and_changes_nothing(directory: Path) -> None:
+    with created(directory) as engine:
+        trio.run(engine.claim, 5)
+        with refused(Code.EPOCH_STALE):
+            engine.apply({b"k": b"stale"}, epoch=4)
+        assert engine.get(b"k") is None
+        assert engine.apply({b"k": b"v"}, epoch=5) == 2
+
+
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_claimed_epoch_survives_a_restart(directory: Path, has_checkpoint: bool) -> None:
+    with created(directory) as engine:
+        trio.run(engine.claim, 5)
+        assert engine.statistics().durable_sequence == 1
+        if has_checkpoint:
+            trio.run(engine.checkpoint)
+    with opened(directory) as engine:
+        assert engine.epoch == 5
+        with refused(Code.EPOCH_STALE):
+            engine.apply({}, epoch=4)
+        with refused(Code.EPOCH_STALE):
+            trio.run(engine.claim, 5)
+
+
+def test_batch_that_can_never_fit_is_e2big_and_changes_nothing(directory: Path) -> None:
+    with created(directory) as engine:
+        with refused(Code.E2BIG):
+            engine.apply({b"k": bytes(SMALL.segment_size)}, epoch=0)
+        assert engine.get(b"k") is None
+        assert engine.apply({b"k": b"v"}, epoch=0) == 1
+
+
+def test_batch_with_a_key_too_long_is_einval_and_changes_nothing(directory: Path) -> None:
+    with created(directory) as engine:
+        with refused(Code.EINVAL):
+            engine.apply({b"good": b"v", b"k" * 512: b"v"}, epoch=0)
+        assert engine.get(b"good") is None
+
+
+def test_full_journal_is_busy_and_changes_nothing(directory: Path) -> None:
+    with created(directory) as engine:
+        with refused(Code.BUSY):
+            fill(engine, 1000)
+        before = engine.statistics()
+        with refused(Code.BUSY):
+            engine.apply({b"00000000": b"new"}, epoch=0)
+        assert engine.statistics() == before
+        assert engine.get(b"00000000") == b"v" * 100
+
+
+async def test_background_checkpoints_make_room(directory: Path) -> None:
+    """Twenty times what both segments hold goes through, in order, while readers look on."""
+    with created(directory) as engine:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            for number in range(1500):
+                batch: Batch = {b"%08d" % number: b"v" * 100}
+                while True:
+                    try:
+                        engine.apply(batch, epoch=0)
+                        break
+                    except KaError as error:
+                        assert error.code is Code.BUSY  # noqa: PT017
+                        await engine.wait_room()
+                assert engine.get(b"%08d" % (number // 2)) == b"v" * 100
+            nursery.cancel_scope.cancel()
+        assert len(content(engine)) == 1500
+        assert engine.statistics().checkpoint_count > 10
+    with opened(directory) as engine:
+        assert len(content(engine)) == 1500
+
+
+async def test_old_records_are_checkpointed_without_being_asked(
+    directory: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    with created(directory) as engine:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(engine.run)
+            await trio.testing.wait_all_tasks_blocked()
+            engine.apply({b"k": b"v"}, epoch=0)
+            await trio.sleep(SMALL.checkpoint_age_ms / 1000 - 1)
+            assert engine.statistics().checkpoint_count == 0
+            await trio.sleep(2)
+            await engine.checkpoint()  # waits for the one in progress, has nothing to do itself
+            assert engine.statistics().checkpoint_count == 1
+            nursery.cancel_scope.cancel()
+        assert engine.statistics().overlay_entries == 0
+
+
+async def test_many_waiters_share_one_sync(directory: Path) -> None:
+    with created(directory) as engine:
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(
+                    engine.wait_durable, engine.apply({b"%d" % number: b""}, epoch=0)
+                )
+        assert engine.statistics().durable_sequence == 20
+        assert engine.statistics().sync_count <= 2
+
+
+async def test_cancelled_waiter_leaves_the_sync_to_the_others(directory: Path) -> None:
+    with created(directory) as engine:
+        sequence = engine.apply({b"k": b"v"}, epoch=0)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await engine.wait_durable(sequence)
+        assert scope.cancelled_caught
+        await engine.wait_durable(sequence)
+        assert engine.statistics().durable_sequence == sequence
+
+
+async def test_store_outgrows_its_map(directory: Path) -> None:
+    config = LmdbConfig(segment_size=8 << 20, map_size=1 << 20)
+    pairs = [(b"%03d" % number, bytes(60_000)) for number in range(200)]
+    with created(directory, config) as engine:
+        old = await engine.snapshot()
+        engine.apply(dict(pairs[:100]), epoch=0)
+        await engine.checkpoint()
+        assert content(engine) == pairs[:100]
+        with refused(Code.BUSY):
+            old.get(b"001")
+        old.close()
+    with opened(directory, config) as engine:
+        engine.apply(dict(pairs[100:]), epoch=0)
+        await engine.checkpoint()
+        assert content(engine) == pairs
+
+
+async def test_snapshot_does_not_see_later_changes(directory: Path) -> None:
+    with created(directory) as engine:
+        fill(engine, 10)
+        view = await engine.snapshot()
+        engine.apply({b"00000003": None, b"00000004": b"new", b"z": b""}, epoch=0)
+        await engine.checkpoint()
+        assert view.get(b"00000003") == b"v" * 100
+        assert view.get(b"00000004") == b"v" * 100
+        assert len(view.scan(b"", KEY_END, 100)) == 10
+        view.close()
+
+
+def test_scan_passes_over_long_runs_of_deleted_keys(directory: Path) -> None:
+    with created(directory) as engine:
+        for start in range(0, 100, 20):
+            fill(engine, 20, start=start, size=1)
+            trio.run(engine.checkpoint)
+        engine.apply({b"%08d" % number: None for number in range(20)}, epoch=0)
+        assert engine.scan(b"", KEY_END, 2) == [(b"00000020", b"v"), (b"00000021", b"v")]

@@ -1,0 +1,148 @@
+"""What a connection has still to send: bytes by gathering writes, files by sendfile.
+
+Synchronous: `transport` decides when to pump.  Positions count the bytes ever queued, so that
+"has this frame left?" is one comparison.
+
+Invariants
+  * parts leave in the order of `put`, whole;
+  * a file is released exactly once: when it is on its way, or when the outbox is dropped.
+
+A frame's size is on the wire before its file is read.  A file that turns out shorter, or that
+the disk cannot read, is therefore filled up with zeros: the receiver's checksum tells, and the
+other requests of the connection go on.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from common import log
+from common.checksum import Buffer
+
+__all__ = ["FilePayload", "Outbox", "Part"]
+
+_GATHER_MAX = 512
+"""Below the kernel's IOV_MAX, 1,024."""
+_ZEROS = bytes(1 << 20)
+
+_log = log.get("ka.outbox")
+
+
+class FilePayload(NamedTuple):
+    """A payload sent by the kernel from a file; `release` is called when it is on its way.
+
+    The receiver must check what it gets: what cannot be read is sent as zeros.
+    """
+
+    fd: int
+    offset: int
+    length: int
+    release: Callable[[], None]
+
+
+Part = Buffer | FilePayload
+
+
+class Outbox:
+    """The queue in front of one non-blocking socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._parts: deque[Part] = deque()
+        self.size = 0
+        """Bytes that wait."""
+        self.end = 0
+        """The position behind the last byte queued; `end - size` have left."""
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def put(self, parts: Sequence[Part]) -> None:
+        """Queue *parts* (views of bytes) behind what waits."""
+        for part in parts:
+            size = part.length if isinstance(part, FilePayload) else len(part)
+            if size:
+                self._parts.append(part)
+                self.size += size
+                self.end += size
+            elif isinstance(part, FilePayload):
+                part.release()
+
+    def pump(self) -> None:
+        """Send until nothing waits; raises BlockingIOError when the socket is full."""
+        parts = self._parts
+        while parts:
+            first = parts[0]
+            if isinstance(first, FilePayload):
+                self._send_file(first)
+                continue
+            if len(parts) == 1:
+                sent = self._sock.send(first)
+            else:
+                gather: list[Buffer] = []
+                for part in parts:
+                    if isinstance(part, FilePayload) or len(gather) == _GATHER_MAX:
+                        break
+                    gather.append(part)
+                sent = self._sock.sendmsg(gather)
+            self.size -= sent
+            while sent:
+                part = parts[0]
+                assert not isinstance(part, FilePayload)
+                if sent < len(part):
+                    parts[0] = memoryview(part)[sent:]
+                    break
+                sent -= len(part)
+                parts.popleft()
+
+    def keep(self, end: int, size: int) -> None:
+        """Copy what still waits of the *size* bytes before position *end*.
+
+        Their owner gets the buffers back before they have left.
+        """
+        position = self.end - self.size
+        for index, part in enumerate(list(self._parts)):
+            if position >= end:
+                return
+            if isinstance(part, FilePayload):
+                position += part.length
+                continue
+            position += len(part)
+            if position > end - size and not isinstance(part, bytes):
+                self._parts[index] = bytes(part)
+
+    def drop(self) -> None:
+        """Forget what waits."""
+        parts = list(self._parts)
+        self._parts.clear()
+        self.size = 0
+        for part in parts:
+            if isinstance(part, FilePayload):
+                part.release()
+
+    def _send_file(self, first: FilePayload) -> None:
+        reason = "file too short"
+        try:
+            sent = os.sendfile(self._sock.fileno(), first.fd, first.offset, first.length)
+        except (BlockingIOError, ConnectionError):
+            raise
+        except OSError as error:
+            # If it was the socket's, sending the zeros meets it again.
+            reason, sent = str(error), 0
+        self.size -= sent
+        left = first.length - sent
+        if sent and left:
+            self._parts[0] = first._replace(offset=first.offset + sent, length=left)
+            return
+        self._parts.popleft()
+        first.release()
+        if left:
+            _log.error("sendfile.failed", offset=first.offset, length=left, reason=reason)
+            self._parts.extendleft(
+                memoryview(_ZEROS)[: min(left - at, len(_ZEROS))]
+                for at in range(0, left, len(_ZEROS))
+            )
