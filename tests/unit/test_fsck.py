@@ -18,6 +18,7 @@ from tests.support.fsck_cluster import SESSION, Cluster
 from tests.support.fsck_faults import (
     FAULTS,
     LOST,
+    NOBODY,
     UNMENDABLE,
     Break,
     beyond,
@@ -249,6 +250,15 @@ def test_file_opened_for_writing_before_the_trim_is_not_trimmed() -> None:
     cluster.mds.repair = opened_first  # type: ignore[method-assign]
     assert cluster.outcomes(repair=True) == [("chunks.beyond", Outcome.SKIPPED)]
     assert places == {place: set(iod.files[place]) for place, iod in cluster.chunk_files()}
+
+
+def test_writer_that_is_gone_does_not_hide_what_lies_behind_the_end() -> None:
+    cluster = Cluster()
+    beyond(6 << 20)(cluster)
+    put(cluster, keys.writer(NOBODY, cluster.file), codec.encode([]))
+    assert cluster.checks() == ["writer.session", "chunks.beyond"]
+    put(cluster, keys.writer(SESSION, cluster.file), codec.encode([]))
+    assert cluster.checks() == ["writer.session"]
 
 
 def test_record_changed_after_the_look_is_not_overwritten() -> None:
