@@ -81,6 +81,11 @@ class ChunkFile:
             self._rows = self._opened(fd, os.fstat(fd).st_size)
         return self._rows
 
+    @property
+    def rows(self) -> ChunkRows | None:
+        """The chunk file, if it is open now."""
+        return self._rows
+
     def _create(self) -> ChunkRows:
         if self._rows is None:
             self._rows = self._opened(*self._tree.create(self.inode, self.column))

@@ -55,6 +55,15 @@ class Disk:
             data += more
         return data
 
+    def pread_now(self, fd: int, length: int, offset: int) -> bytes | None:
+        """Return *length* bytes from the page cache; None if that would have to wait."""
+        data = bytearray(length)
+        try:
+            count = os.preadv(fd, [data], offset, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: the file system cannot tell
+            return None
+        return bytes(data) if count == length else None
+
     def ftruncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 

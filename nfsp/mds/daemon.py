@@ -11,8 +11,8 @@ from pathlib import Path
 
 import trio
 
-from common import log
-from common.endpoint import listen, serve
+from common import log, metrics
+from common.endpoint import listen, parse_address, serve
 from common.errors import Code, KaError
 from common.session import Identity
 from common.transport import Connection
@@ -130,6 +130,8 @@ async def _serve(
     upkeep = Upkeep(engine, lambda writes: server.apply(writes), iods)
     server = MdsServer(engine, upkeep, cluster_map, session_ttl_s=mds.session_ttl_s)
     sockets = listen(mds.address, mds.socket)
+    if mds.metrics:
+        metrics.serve_http(*parse_address(mds.metrics))
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)
