@@ -127,7 +127,7 @@ def test_the_best_common_version_is_chosen() -> None:
 @pytest.mark.parametrize("step", range(4))
 def test_a_server_takes_messages_only_in_their_order(step: int) -> None:
     said = messages(client(), server())
-    hello, challenge, proof, welcome = said
+    hello, _, proof, _ = said
     for body in (said[step], b"", b"\xc1", codec.encode([99])):
         if body != hello:
             assert refused(server(), body) is Code.PROTOCOL
@@ -140,7 +140,7 @@ def test_a_server_takes_messages_only_in_their_order(step: int) -> None:
 @pytest.mark.parametrize("step", range(4))
 def test_a_client_takes_messages_only_in_their_order(step: int) -> None:
     said = messages(client(), server())
-    hello, challenge, proof, welcome = said
+    _, challenge, _, welcome = said
     for body in (said[step], b"", b"\xc1", codec.encode([99])):
         if body != challenge:
             assert refused(client(), body) is Code.PROTOCOL
