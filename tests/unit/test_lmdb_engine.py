@@ -21,8 +21,8 @@ from nfsp.mds.engine import KEY_END, Batch
 from nfsp.mds.lmdb_config import LmdbConfig
 from nfsp.mds.lmdb_engine import LmdbEngine
 from nfsp.mds.lmdb_store import LmdbStore
-from nfsp.mds.memory_engine import MemoryEngine
 from tests.support.engines import SMALL, content, created, fill, opened, refused
+from tests.support.memory_engine import MemoryEngine
 
 TINY = dataclasses.replace(SMALL, checkpoint_entries=4, overlay_entries_max=8)
 """Overlays so small that both segments are in use most of the time."""
