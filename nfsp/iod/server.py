@@ -16,8 +16,8 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import trio
@@ -61,6 +61,7 @@ class IodServer:
         self._iod = iod
         self._epoch = 0
         self._threads = trio.CapacityLimiter(THREADS_MAX)
+        self._turns: dict[tuple[int, int], trio.Lock] = {}
         self._started = time.time()
         self._log = _log.bind(iod=iod)
         self._handlers: dict[type, Callable[[Any, memoryview | None], Awaitable[Reply]]] = {
@@ -108,6 +109,25 @@ class IodServer:
     async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
         return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
+    @asynccontextmanager
+    async def _turn(self, ino: int, column: int) -> AsyncIterator[None]:
+        """Let the writes of a chunk file pass one by one, as they came.
+
+        The store would hold them back too, but in threads, and in any order: a stream then no
+        longer looks like one.
+        """
+        key = (ino, column)
+        turn = self._turns.get(key)
+        if turn is None:
+            turn = self._turns[key] = trio.Lock()
+        try:
+            async with turn:
+                yield
+        finally:
+            statistics = turn.statistics()
+            if not statistics.locked and not statistics.tasks_waiting:
+                self._turns.pop(key, None)
+
     def _fence(self, connection: Connection, message: wire.Fence) -> Reply:
         if connection.role != "mds":
             raise KaError(Code.EPERM, "only an mds announces a cluster map")
@@ -128,7 +148,8 @@ class IodServer:
                 chunk_size=m.chunk_size, sync=m.sync,
             )  # fmt: skip
 
-        await self._in_thread(store)
+        async with self._turn(m.ino, m.column):
+            await self._in_thread(store)
         _bytes_written.inc(len(data))
         return _DONE
 
