@@ -21,7 +21,7 @@ import struct
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from common.checksum import digest
@@ -41,6 +41,7 @@ __all__ = [
 
 FILE_SIZE_MAX = 64 << 20
 """Larger files are left out: one alone would be a third of the tree."""
+BIG_SIZE_MIN = 256 << 10
 PART_SIZE = 1 << 20
 _SOIL_SIZE = 8 << 20
 _DIFFERENCES_MAX = 20
@@ -87,9 +88,11 @@ def sources() -> list[Path]:
 
 
 def pick(roots: Sequence[Path], files_min: int, size_min: int) -> list[Picked]:
-    """Choose files from *roots*, whole directories at a time, until both bounds are reached.
+    """Choose files from *roots* until both bounds are reached.
 
-    Returns less when the roots hold less.
+    Whole directories are taken until there are enough files, then only BIG ones: an installation
+    consists of small files, and five times as many of them would show nothing more.  Returns less
+    when the roots hold less.
     """
     picked: list[Picked] = []
     file_count = size = 0
@@ -98,7 +101,8 @@ def pick(roots: Sequence[Path], files_min: int, size_min: int) -> list[Picked]:
         for directory in _directories(root, seen):
             if file_count >= files_min and size >= size_min:
                 return picked
-            for one in _children(directory, root, f"{index}-{root.name}"):
+            floor = BIG_SIZE_MIN if file_count >= files_min else 0
+            for one in _children(directory, root, f"{index}-{root.name}", floor):
                 picked.append(one)
                 file_count += one.is_file
                 size += one.size
@@ -121,21 +125,26 @@ def _directories(root: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
             yield Path(text)
 
 
-def _children(directory: Path, root: Path, top: str) -> Iterator[Picked]:
-    """Yield the directory itself, then its files and symbolic links."""
-    inside = directory.relative_to(root)
-    yield Picked(directory, str(top / inside), 0, False)
+def _children(directory: Path, root: Path, top: str, floor: int) -> Iterator[Picked]:
+    """Yield the directory, then its files and links; with a *floor* only files above it, if any."""
+    inside = PurePath(top) / directory.relative_to(root)
+    found: list[Picked] = []
     for entry in sorted(os.scandir(directory), key=lambda one: one.name):
         try:
             status = entry.stat(follow_symlinks=False)
         except OSError:
             continue
         is_file = stat.S_ISREG(status.st_mode)
-        if is_file and (status.st_size > FILE_SIZE_MAX or not os.access(entry.path, os.R_OK)):
+        if is_file and not (
+            floor <= status.st_size <= FILE_SIZE_MAX and os.access(entry.path, os.R_OK)
+        ):
             continue
-        if is_file or stat.S_ISLNK(status.st_mode):
+        if is_file or (stat.S_ISLNK(status.st_mode) and not floor):
             size = status.st_size if is_file else 0
-            yield Picked(Path(entry.path), str(top / inside / entry.name), size, is_file)
+            found.append(Picked(Path(entry.path), str(inside / entry.name), size, is_file))
+    if found or not floor:
+        yield Picked(directory, str(inside), 0, False)
+    yield from found
 
 
 def copy_in(picked: Sequence[Picked], target: Path, progress: Progress) -> Tree:
@@ -188,13 +197,14 @@ def _describe(path: Path, content: str) -> Item:
 def compare(tree: Tree, target: Path, progress: Progress) -> list[str]:
     """Return in what the entries below *target* differ from what was written, a line each."""
     missing = dict(tree.items)
+    above = {str(parent) for name in missing for parent in PurePath(name).parents}
     differences: list[str] = []
     done = 0
     for path in _walk(target):
         name = str(path.relative_to(target))
         expected = missing.pop(name, None)
         if expected is None:
-            if not any(item.startswith(f"{name}/") for item in tree.items):
+            if name not in above:
                 differences.append(f"{name}: not written, but there")
             continue
         try:

@@ -85,6 +85,7 @@ def test_this_machine_has_enough_files_for_the_demo() -> None:
     picked = demo_data.pick(demo_data.sources(), 5000, 300_000_000)
     assert sum(one.is_file for one in picked) >= 5000
     assert sum(one.size for one in picked) >= 300_000_000
+    assert len(picked) < 10_000
 
 
 @pytest.mark.parametrize("size", [1, MIB, MIB + 1, 3 * MIB - 1])
