@@ -150,6 +150,16 @@ class StatFsReply(NamedTuple):
     inodes: int
 
 
+@MDS.message(21)
+class EntryReply(NamedTuple):
+    """What an entry's making or removal left behind: saves the client from asking."""
+
+    inode: bytes
+    """The entry's inode; empty when the entry was removed."""
+    directory: bytes
+    """The directory; empty when nothing in it changed."""
+
+
 # ---------------------------------------------------------------- opening and closing
 
 
@@ -177,7 +187,7 @@ class Close(NamedTuple):
 
 @MDS.message(40)
 class Create(NamedTuple):
-    """Make a file, directory, symbolic link or special file -> `InodeReply`.
+    """Make a file, directory, symbolic link or special file -> `EntryReply`.
 
     EEXIST when the name exists, unless `open` is wanted and not `exclusive`: then the existing
     regular file is opened and returned.
@@ -199,7 +209,7 @@ class Create(NamedTuple):
 
 @MDS.message(41)
 class Link(NamedTuple):
-    """Add a name to an inode -> `InodeReply`."""
+    """Add a name to an inode -> `EntryReply`."""
 
     slot: int
     sequence: int
@@ -210,7 +220,7 @@ class Link(NamedTuple):
 
 @MDS.message(42)
 class Unlink(NamedTuple):
-    """Remove a name that is not a directory's -> `Done`."""
+    """Remove a name that is not a directory's -> `EntryReply`."""
 
     slot: int
     sequence: int
@@ -220,7 +230,7 @@ class Unlink(NamedTuple):
 
 @MDS.message(43)
 class Rmdir(NamedTuple):
-    """Remove an empty directory -> `Done`."""
+    """Remove an empty directory -> `EntryReply`."""
 
     slot: int
     sequence: int

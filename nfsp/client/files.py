@@ -136,12 +136,15 @@ class OpenFile:
         """Accept bytes; they must not change afterwards."""
         await self._dirty.wait_room()
         self._dirty.size += len(data)
+        is_first = not self.unreported
         for piece in pieces(self.layout, offset, len(data)):
             start = piece.file_offset - offset
             self._accept(piece, data[start : start + piece.length])
         self.size = max(self.size, offset + len(data))
         self.mtime_ns = max(mtime_ns, self.mtime_ns + 1)
         self.unreported = True
+        if is_first:  # perhaps the only one: under way while the writer comes to its close
+            self.push()
 
     def _accept(self, piece: Piece, data: memoryview) -> None:
         extent = self._gathering

@@ -121,6 +121,11 @@ class MdsClient:
         """Send a mutation that is answered by an inode."""
         return Inode.decode((await self.mutate(make, wire.InodeReply)).inode)
 
+    async def mutate_entry(self, make: Callable[[int, int], Any]) -> tuple[bytes, Inode | None]:
+        """Send a mutation of an entry; return its inode's record and the directory."""
+        reply = await self.mutate(make, wire.EntryReply)
+        return reply.inode, Inode.decode(reply.directory) if reply.directory else None
+
     def closed(self, ino: int, count: int) -> None:
         """Tell the mds that *count* opens of an inode have ended.
 
