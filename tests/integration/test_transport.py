@@ -10,7 +10,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from common import transport
+from common import serving
 from common.buffers import BufferPool
 from common.errors import Code, KaError
 from common.framing import BODY_SIZE_MAX, PAYLOAD_SIZE_MAX, Kind, encode_frame
@@ -87,7 +87,7 @@ async def test_a_thousand_concurrent_calls_get_their_own_answers(tmp_path: Path)
             for index in range(1000):
                 nursery.start_soon(one, index)
     assert answers == {index: b"%d" % index for index in range(1000)}
-    assert most <= transport.IN_HAND_COUNT_MAX
+    assert most <= serving.IN_HAND_COUNT_MAX
 
 
 async def test_requests_go_in_both_directions_without_a_deadlock(tmp_path: Path) -> None:
@@ -451,7 +451,7 @@ async def test_a_peer_that_takes_nothing_costs_bounded_memory(tmp_path: Path) ->
         flood = [encode_frame(Kind.REQUEST, index + 1, b"") for index in range(500)]
         await raw.send(b"".join(flood))
         await wait_all_tasks_blocked(0.01)
-        limit = transport.ANSWER_QUEUE_SIZE_MAX // MIB + 8  # what the sockets themselves hold
+        limit = serving.ANSWER_QUEUE_SIZE_MAX // MIB + 8  # what the sockets themselves hold
         assert answered <= limit
         for _ in range(500):
             assert (await raw.frame()).kind is Kind.REPLY
@@ -460,7 +460,7 @@ async def test_a_peer_that_takes_nothing_costs_bounded_memory(tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("payload_size", "count"),
-    [(0, transport.IN_HAND_COUNT_MAX), (MIB, transport.IN_HAND_SIZE_MAX // MIB)],
+    [(0, serving.IN_HAND_COUNT_MAX), (MIB, serving.IN_HAND_SIZE_MAX // MIB)],
 )
 async def test_a_flood_of_requests_is_taken_in_hand_step_by_step(
     tmp_path: Path, payload_size: int, count: int
