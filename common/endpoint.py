@@ -150,9 +150,11 @@ def _note_refusal(error: KaError | OSError | trio.TooSlowError) -> None:
     code = error.code.name if isinstance(error, KaError) else type(error).__name__
     _refused.labels(code).inc()
     reason = str(error) or "too slow"
-    if isinstance(error, KaError) and error.code in _HANDSHAKE_CODES and not error.remote:
+    wrong = (Code.AUTH, Code.WRONG_CLUSTER, Code.WRONG_VERSION)
+    if isinstance(error, KaError) and error.code in wrong:
         _log.warning("connection.refused", reason=reason)
     else:
+        # Whoever scans ports must not fill the log; the counter tells.
         _log.debug("connection.refused", reason=reason)
 
 
