@@ -113,6 +113,12 @@ class MdsClient:
             self._slot_freed.release()
         return _decode(body, reply)
 
+    async def fetch_map(self) -> ClusterMap:
+        """Ask for the current cluster map."""
+        reply = await self.request(wire.SessionRenew(), wire.SessionReply)
+        self.cluster_map = ClusterMap.decode(reply.cluster_map)
+        return self.cluster_map
+
     async def inode(self, message: Any) -> Inode:
         """Send a request that is answered by an inode."""
         return Inode.decode((await self.request(message, wire.InodeReply)).inode)

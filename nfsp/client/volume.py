@@ -69,7 +69,12 @@ class Volume:
             opens=self._opens,
             on_session_lost=self._session_lost,
         )
-        self.iods = IodClient(identity=identity, key=key, patience_s=mount.timeout_s)
+        self.iods = IodClient(
+            identity=identity,
+            key=key,
+            patience_s=mount.timeout_s,
+            fetch_map=self.mds.fetch_map,
+        )
         self._dirty = DirtyLimit(mount.dirty_size)
         self._files: dict[int, OpenFile] = {}
         self._validators: OrderedDict[int, int] = OrderedDict()
