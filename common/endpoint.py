@@ -211,7 +211,7 @@ async def _serve_newest(
             before[0].close("a newer connection took over")
             # Its handlers may sit in a disk operation that nobody can interrupt.
             await before[1].wait()
-        if on_connection is not None:
+        if on_connection is not None and connection.is_open:
             on_connection(connection)
         await connection.run()
     finally:

@@ -263,6 +263,11 @@ class Connection:
         self._error = error
         self.closed.set()
         self._outbox.drop()
+        try:
+            # The peer hears now, not when the last handler has come to its end.
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has gone already
         for event in (self._outbox_filled, self._room, self._in_hand_changed, self._has_pending):
             event.set()
         for request_id in list(self._pending):

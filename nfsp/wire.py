@@ -481,7 +481,7 @@ class ListChunks(NamedTuple):
 @IOD.message(10)
 class ListChunksReply(NamedTuple):
     files: list[Any]
-    """[ino, column, row count, bytes allocated] each; fewer than asked for means the end."""
+    """[ino, column, file size, bytes allocated] each; fewer than asked for means the end."""
 
 
 @IOD.message(11)

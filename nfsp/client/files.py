@@ -97,6 +97,10 @@ class OpenFile:
         self.mtime_ns = inode.mtime_ns
         self.unreported = False
         """Whether size and mtime here are ahead of the mds."""
+        self._stored_size = inode.size
+        """Up to where the file has its bytes for sure: recorded, or answered by the iods."""
+        self._lost = False
+        """Whether a write has failed since everything was settled last."""
         self.open_count = 0
         """Opens the mds has counted since this object was made."""
         self.handle_count = 0
@@ -181,11 +185,13 @@ class OpenFile:
             await self._iods.write(self.layout, self.ino, piece, extent.buffers, sums)
             for iod in self._iods.iods_of(self.layout, piece.column):
                 self.unsynced.add((iod, piece.column))
+            self._stored_size = max(self._stored_size, extent.stop)
         except KaError as error:
             _log.error(
                 "write.failed", ino=self.ino, offset=extent.start, length=extent.length,
                 reason=str(error),
             )  # fmt: skip
+            self._lost = True
             self.fail(error)
         finally:
             self._under_way.remove(extent)
@@ -203,6 +209,9 @@ class OpenFile:
         self.push()
         for extent in list(self._under_way):
             await extent.done.wait()
+        if self._lost and not self._under_way:
+            self._lost = False
+            self.size = self._stored_size  # do not record a tail that could not be stored
 
     # ------------------------------------------------------------ reading
 
@@ -259,7 +268,7 @@ class OpenFile:
     def merge(self, inode: Inode) -> Inode:
         """Return the inode as this mount must show it; take over what others changed."""
         if not self.unreported:
-            self.size = inode.size
+            self.size = self._stored_size = inode.size
             self.mtime_ns = inode.mtime_ns
             return inode
         return inode._replace(size=max(self.size, inode.size), mtime_ns=self.mtime_ns)

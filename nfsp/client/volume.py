@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import TypeVar
 
 import trio
 
@@ -38,7 +39,12 @@ __all__ = ["DirEntry", "Volume"]
 VALIDATORS_MAX = 65536
 """Files whose unchanged pages the kernel may keep over an open."""
 
+BARE_MAX = 65536
+LAYOUT_XATTR = b"user.nfsp.layout"
+"""Never stored: the mds makes it up."""
+
 _log = log.get("nfsp.client")
+_T = TypeVar("_T")
 
 DirEntry = tuple[bytes, int, Inode]
 """(name, cookie, inode)"""
@@ -66,6 +72,10 @@ class Volume:
         self._dirty = DirtyLimit(mount.dirty_size)
         self._files: dict[int, OpenFile] = {}
         self._validators: OrderedDict[int, int] = OrderedDict()
+        """Inode -> `change` of the state that the kernel's pages show."""
+        self._bare: OrderedDict[int, float] = OrderedDict()
+        """Inode -> until when it may be taken to have no extended attribute."""
+        self._attr_timeout_s = mount.attr_timeout_s
         self._nursery: trio.Nursery
 
     @classmethod
@@ -134,9 +144,13 @@ class Volume:
         return entries, reply.eof
 
     async def getxattr(self, ino: int, name: bytes) -> bytes:
+        if name != LAYOUT_XATTR and self._is_bare(ino):
+            raise KaError(Code.ENODATA)
         return (await self.mds.request(wire.GetXattr(ino, name), wire.XattrReply)).value
 
     async def listxattr(self, ino: int) -> list[bytes]:
+        if self._is_bare(ino):
+            return []
         return (await self.mds.request(wire.ListXattr(ino), wire.NamesReply)).names
 
     async def statfs(self) -> wire.StatFsReply:
@@ -203,6 +217,7 @@ class Volume:
         return self._changed(inode)
 
     async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
+        self._bare.pop(ino, None)
         await self.mds.mutate(
             lambda slot, number: wire.SetXattr(slot, number, ino, name, value, flags), wire.Done
         )
@@ -327,7 +342,16 @@ class Volume:
             elif durable:
                 await self.sync()
 
+    def _is_bare(self, ino: int) -> bool:
+        """Whether the inode had no extended attribute when it was last seen, just now.
+
+        The kernel asks for `security.capability` before every write, and `ls` for ACLs.
+        """
+        return self._bare.get(ino, 0.0) > time.monotonic()
+
     def _shown(self, inode: Inode) -> Inode:
+        if not inode.xattr_count and not (inode.is_dir and inode.layout):
+            _keep(self._bare, inode.ino, time.monotonic() + self._attr_timeout_s, BARE_MAX)
         file = self._files.get(inode.ino)
         return inode if file is None else file.merge(inode)
 
@@ -340,10 +364,7 @@ class Volume:
         return self._shown(inode)
 
     def _remember(self, inode: Inode) -> None:
-        self._validators[inode.ino] = inode.change
-        self._validators.move_to_end(inode.ino)
-        if len(self._validators) > VALIDATORS_MAX:
-            self._validators.popitem(last=False)
+        _keep(self._validators, inode.ino, inode.change, VALIDATORS_MAX)
 
     def _opens(self) -> list[list[object]]:
         return [
@@ -357,3 +378,11 @@ class Volume:
             elif file.unreported:
                 file.unreported = False
                 file.fail(lost_error())
+
+
+def _keep(table: OrderedDict[int, _T], ino: int, value: _T, count_max: int) -> None:
+    """Put an entry at the end of a bounded table; the oldest one goes."""
+    table[ino] = value
+    table.move_to_end(ino)
+    if len(table) > count_max:
+        table.popitem(last=False)

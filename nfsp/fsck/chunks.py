@@ -86,7 +86,7 @@ class Look:
 
     def __init__(self, survey: Survey) -> None:
         self._survey = survey
-        self._sessions: list[int] = []
+        self._sessions: set[int] = set()
         self._writing: set[int] = set()
         self._states: dict[int, State] = {}
         self.records: dict[int, bytes] = {}
@@ -95,10 +95,13 @@ class Look:
 
     def read(self, inos: Iterable[int]) -> steps.Steps[None]:
         def writer(key: bytes, _: bytes) -> None:
-            self._writing.add(int.from_bytes(key[9:17]))
+            # As in the survey: what a session that is gone has left keeps nobody from looking.
+            session = int.from_bytes(key[1:9])
+            if session in self._sessions or (not session and self._sessions):
+                self._writing.add(int.from_bytes(key[9:17]))
 
         def session(key: bytes, _: bytes) -> None:
-            self._sessions.append(int.from_bytes(key[1:9]))
+            self._sessions.add(int.from_bytes(key[1:9]))
 
         self.next_ino = decode_counter((yield from steps.get(keys.NEXT_INO)))
         yield from steps.each(b"s", keys.prefix_end(b"s"), session)
@@ -117,7 +120,7 @@ class Look:
 
     @property
     def sessions(self) -> tuple[int, ...]:
-        return tuple(self._sessions)
+        return tuple(sorted(self._sessions))
 
     def _judge(self, ino: int, value: bytes | None) -> State:
         if value is None:

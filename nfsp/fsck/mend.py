@@ -33,6 +33,8 @@ __all__ = ["LOST_AND_FOUND", "Edit", "order", "plan"]
 LOST_AND_FOUND = b"lost+found"
 DIRECTORY_SIZE = 4096
 """What every directory says; nobody counts on it."""
+INTEGER_MAX = (1 << 64) - 1
+"""The largest number a record can hold."""
 
 
 class Edit:
@@ -61,7 +63,8 @@ class Edit:
         return None if value is None else decode_inode(value)
 
     def put_inode(self, inode: Inode) -> steps.Steps[None]:
-        changed = inode._replace(change=inode.change + 1, ctime_ns=self.now_ns)
+        change = min(inode.change + 1, INTEGER_MAX)  # it may be what is damaged
+        changed = inode._replace(change=change, ctime_ns=self.now_ns)
         yield from self.put(keys.inode(inode.ino), changed.encode())
 
     def entry(self, parent: int, name: bytes) -> steps.Steps[entries.Entry | None]:

@@ -23,6 +23,7 @@ from nfsp.fsck.table import DIR, REG
 from nfsp.model import (
     FILE_SIZE_MAX,
     FIRST_COOKIE,
+    ROOT,
     SHARD_SHIFT,
     STRIPE_WIDTH_MAX,
     SYMLINK_SIZE_MAX,
@@ -95,18 +96,19 @@ def _care(survey: Survey) -> steps.Steps[None]:
 
 
 def _superblock(survey: Survey, record: bytes) -> steps.Steps[None]:
-    """Learn the shard, but do not believe in one that has no inodes: all others would look lost."""
+    """Learn the shard, but do not believe in a wrong one: all inodes would look lost."""
     try:
         shard = Superblock.decode(record).shard
         start, end = keys.inode(shard << SHARD_SHIFT), keys.inode((shard + 1) << SHARD_SHIFT)
-    except (KaError, TypeError, ValueError, struct.error):
+    except (KaError, TypeError, struct.error):
         survey.add(DAMAGE, "superblock.unreadable", "the superblock is missing or unreadable")
         return
-    if (yield Scan(start, end, 1)):
-        survey.shard = shard
-    elif shard:
-        what = f"the superblock says shard {shard}, which has no inodes"
+    root = yield from steps.get(keys.inode(ROOT))
+    if shard and (root is not None or not (yield Scan(start, end, 1))):
+        what = f"the superblock says shard {shard}, the inodes say otherwise"
         survey.add(DAMAGE, "superblock.shard", what)
+    else:
+        survey.shard = shard
 
 
 def _map(survey: Survey, cluster_map: ClusterMap) -> None:

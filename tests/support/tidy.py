@@ -79,6 +79,7 @@ PURE: frozenset[str] = frozenset(
         "nfsp/fsck/table.py",
         "nfsp/fsck/tree.py",
         "nfsp/iod/chunk.py",
+        "nfsp/iod/chunkplan.py",
         "nfsp/keys.py",
         "nfsp/mds/acl.py",
         "nfsp/mds/attributes.py",

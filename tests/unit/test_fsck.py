@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -13,26 +12,26 @@ from common import codec
 from common.errors import EXIT_DAMAGED, EXIT_UNREACHABLE, Code, KaError
 from nfsp import keys
 from nfsp.fsck.findings import EXIT_LEFTOVERS, Outcome, Severity
-from nfsp.fsck.table import DIR, REG, SortedInts, Table
+from nfsp.fsck.table import REG, SortedInts, Table
 from nfsp.model import FILE_SIZE_MAX, ROOT, ClusterMap, Inode, Layout, Remains
 from tests.support.fsck_cluster import SESSION, Cluster
-from tests.support.space import CLUSTER_MAP, SUPERBLOCK
-
-Break = Callable[[Cluster], None]
-NOBODY = 99
-"""A session that does not exist."""
-LOST = 1000
-"""An inode number that was given out (see `_used_up`), whose file is gone."""
-
-
-def _put(cluster: Cluster, key: bytes, value: bytes | None) -> None:
-    cluster.view.apply({key: value})
-
-
-def _used_up(cluster: Cluster) -> None:
-    """Let inode numbers up to 2000 have been given out."""
-    _put(cluster, keys.NEXT_INO, codec.encode(2000))
-
+from tests.support.fsck_faults import (
+    FAULTS,
+    LOST,
+    NOBODY,
+    UNMENDABLE,
+    Break,
+    beyond,
+    leftover_chunks,
+    lost_name,
+    missing_directory_inode,
+    no_twin,
+    put,
+    unreachable_directory,
+    unreachable_file,
+    used_up,
+)
+from tests.support.space import CLUSTER_MAP
 
 # ---------------------------------------------------------------- a consistent file system
 
@@ -57,11 +56,11 @@ def test_file_system_with_work_going_on_is_clean() -> None:
     space.opens[1, removed] = False
     space.rmdir(ROOT, b"removed")
     space.unlink(cluster.sub, b"data")
-    _put(cluster, keys.purge(LOST), Remains(Layout(1 << 20, 1, 1, (2,)), FILE_SIZE_MAX).encode())
-    _used_up(cluster)
+    put(cluster, keys.purge(LOST), Remains(Layout(1 << 20, 1, 1, (2,)), FILE_SIZE_MAX).encode())
+    used_up(cluster)
     cluster.iods[2].put(LOST, 0)
-    _put(cluster, keys.writer(0, cluster.small), codec.encode([]))
-    _put(cluster, keys.slot(SESSION, 3), codec.encode([1, b""]))
+    put(cluster, keys.writer(0, cluster.small), codec.encode([]))
+    put(cluster, keys.slot(SESSION, 3), codec.encode([1, b""]))
     space.check()
     assert cluster.checks(verify=True) == []
 
@@ -76,326 +75,13 @@ def test_unformatted_store_is_refused() -> None:
 
 def test_checking_writes_nothing() -> None:
     cluster = Cluster()
-    _put(cluster, keys.inode(cluster.sub), None)
+    put(cluster, keys.inode(cluster.sub), None)
     before = dict(cluster.view.records)
     assert cluster.check().exit_code == EXIT_DAMAGED
     assert cluster.view.records == before
 
 
 # ---------------------------------------------------------------- one fault, one finding
-
-
-def _dangling(c: Cluster) -> None:
-    inode = c.space.create(c.sub, b"gone")
-    _put(c, keys.inode(inode.ino), None)
-
-
-def _wrong_kind(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"small")
-    _put(c, keys.dentry(c.top, b"small"), codec.encode((c.small, DIR, cookie)))
-    _put(c, keys.cookie(c.top, cookie), codec.encode((b"small", c.small, DIR)))
-
-
-def _wrong_kind_in_name_only(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"small")
-    _put(c, keys.dentry(c.top, b"small"), codec.encode((c.small, DIR, cookie)))
-
-
-def _wrong_kind_in_listing_only(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"small")
-    _put(c, keys.cookie(c.top, cookie), codec.encode((b"small", c.small, DIR)))
-
-
-def _no_twin(c: Cluster) -> None:
-    _put(c, keys.cookie(c.top, c.cookie(c.top, b"small")), None)
-
-
-def _garbled_twin(c: Cluster) -> None:
-    _put(c, keys.cookie(c.top, c.cookie(c.top, b"small")), b"\xc1")
-
-
-def _twin_of_other_name(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"small")
-    _put(c, keys.cookie(c.top, cookie), codec.encode((b"large", c.small, REG)))
-
-
-def _lost_name(c: Cluster) -> None:
-    _put(c, keys.dentry(c.sub, b"data"), None)
-
-
-def _lost_directory_name(c: Cluster) -> None:
-    _put(c, keys.dentry(c.top, b"sub"), None)
-
-
-def _stale_twin(c: Cluster) -> None:
-    _put(c, keys.cookie(c.top, 3), codec.encode((b"old", c.file, REG)))
-    c.set_inode(c.top, next_cookie=100)
-    _put(c, keys.cookie(c.top, 50), codec.encode((b"old", c.file, REG)))
-
-
-def _garbled_name(c: Cluster) -> None:
-    _put(c, keys.dentry(c.sub, b"data"), b"\xc1")
-
-
-def _garbled_both(c: Cluster) -> None:
-    inode = c.space.create(c.sub, b"torn")
-    cookie = c.cookie(c.sub, b"torn")
-    _put(c, keys.inode(inode.ino), None)
-    _put(c, keys.dentry(c.sub, b"torn"), b"torn")
-    _put(c, keys.cookie(c.sub, cookie), None)
-
-
-def _same_cookie(c: Cluster) -> None:
-    small, sparse = c.cookie(c.top, b"small"), c.cookie(c.top, b"sparse")
-    _put(c, keys.dentry(c.top, b"sparse"), codec.encode((c.sparse, REG, small)))
-    _put(c, keys.cookie(c.top, sparse), None)
-
-
-def _cookie_too_low(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"small")
-    _put(c, keys.dentry(c.top, b"small"), codec.encode((c.small, REG, 1)))
-    _put(c, keys.cookie(c.top, cookie), None)
-    _put(c, keys.cookie(c.top, 1), codec.encode((b"small", c.small, REG)))
-
-
-def _next_cookie_too_low(c: Cluster) -> None:
-    c.set_inode(c.top, next_cookie=4)
-
-
-def _next_cookie_impossible(c: Cluster) -> None:
-    c.set_inode(c.top, next_cookie=1 << 63)
-
-
-def _bad_name(name: bytes) -> Break:
-    def rename(c: Cluster) -> None:
-        cookie = c.cookie(c.top, b"small")
-        _put(c, keys.dentry(c.top, b"small"), None)
-        _put(c, keys.dentry(c.top, name), codec.encode((c.small, REG, cookie)))
-        _put(c, keys.cookie(c.top, cookie), codec.encode((name, c.small, REG)))
-
-    return rename
-
-
-def _entry_nowhere(c: Cluster) -> None:
-    _put(c, keys.dentry(5_000_000, b"stray"), codec.encode((c.small, REG, 3)))
-    _put(c, keys.cookie(5_000_000, 3), codec.encode((b"stray", c.small, REG)))
-
-
-def _entry_in_a_file(c: Cluster) -> None:
-    _put(c, keys.dentry(c.file, b"stray"), codec.encode((c.small, REG, 3)))
-    _put(c, keys.cookie(c.file, 3), codec.encode((b"stray", c.small, REG)))
-
-
-def _second_name_of_directory(c: Cluster) -> None:
-    cookie = c.inode(ROOT).next_cookie
-    _put(c, keys.dentry(ROOT, b"also"), codec.encode((c.deep, DIR, cookie)))
-    _put(c, keys.cookie(ROOT, cookie), codec.encode((b"also", c.deep, DIR)))
-    c.set_inode(ROOT, next_cookie=cookie + 1)
-
-
-def _name_of_the_root(c: Cluster) -> None:
-    cookie = c.inode(c.deep).next_cookie
-    _put(c, keys.dentry(c.deep, b"root"), codec.encode((ROOT, DIR, cookie)))
-    _put(c, keys.cookie(c.deep, cookie), codec.encode((b"root", ROOT, DIR)))
-    c.set_inode(c.deep, next_cookie=cookie + 1)
-
-
-def _unreachable_file(c: Cluster) -> None:
-    cookie = c.cookie(c.sub, b"data")
-    _put(c, keys.dentry(c.sub, b"data"), None)
-    _put(c, keys.cookie(c.sub, cookie), None)
-
-
-def _unreachable_directory(c: Cluster) -> None:
-    cookie = c.cookie(c.top, b"sub")
-    _put(c, keys.dentry(c.top, b"sub"), None)
-    _put(c, keys.cookie(c.top, cookie), None)
-    c.set_inode(c.top, nlink=2)
-
-
-def _loop(c: Cluster) -> None:
-    """sub leaves top for its own subdirectory deep."""
-    _unreachable_directory(c)
-    cookie = c.inode(c.deep).next_cookie
-    _put(c, keys.dentry(c.deep, b"sub"), codec.encode((c.sub, DIR, cookie)))
-    _put(c, keys.cookie(c.deep, cookie), codec.encode((b"sub", c.sub, DIR)))
-    c.set_inode(c.deep, next_cookie=cookie + 1, nlink=3)
-    c.set_inode(c.sub, parent=c.deep)
-
-
-def _fields(which: str, **fields: object) -> Break:
-    return lambda c: c.set_inode(getattr(c, which), **fields)
-
-
-def _symlink_size(c: Cluster) -> None:
-    c.set_inode(c.space.lookup(c.deep, b"link").ino, size=3)
-
-
-def _missing_directory_inode(c: Cluster) -> None:
-    _put(c, keys.inode(c.sub), None)
-
-
-def _garbled_directory_inode(c: Cluster) -> None:
-    _put(c, keys.inode(c.top), b"\xc1")
-
-
-def _garbled_empty_directory_inode(c: Cluster) -> None:
-    empty = c.space.mkdir(c.top, b"empty")
-    _put(c, keys.inode(empty.ino), b"")
-
-
-def _missing_root(c: Cluster) -> None:
-    _put(c, keys.inode(ROOT), None)
-
-
-def _counter(key: bytes, value: bytes | None) -> Break:
-    return lambda c: _put(c, key, value)
-
-
-def _orphan_without_inode(c: Cluster) -> None:
-    _used_up(c)
-    _put(c, keys.orphan(LOST), codec.encode([]))
-
-
-def _orphan_with_name(c: Cluster) -> None:
-    _put(c, keys.orphan(c.small), codec.encode([]))
-
-
-def _orphan_of_nobody(c: Cluster) -> None:
-    c.space.open(c.file)
-    c.space.unlink(c.sub, b"data")
-    _put(c, keys.session(SESSION), None)
-    c.set_inode(c.file, xattr_count=0)
-    _put(c, keys.xattr(c.file, b"user.colour"), None)
-
-
-def _orphan_with_nlink(c: Cluster) -> None:
-    c.space.open(c.file)
-    c.space.unlink(c.sub, b"data")
-    c.set_inode(c.file, nlink=1)
-
-
-def _purge_of_existing(c: Cluster) -> None:
-    _put(c, keys.purge(c.small), Remains(Layout(1 << 20, 1, 1, (2,)), 10).encode())
-
-
-def _purge_unreadable(c: Cluster) -> None:
-    _used_up(c)
-    _put(c, keys.purge(LOST), b"?")
-
-
-def _trim(ino: int | None, record: bytes) -> Break:
-    def put(c: Cluster) -> None:
-        _used_up(c)
-        _put(c, keys.trim(ino or c.file), record)
-
-    return put
-
-
-_OTHER_LAYOUT = Remains(Layout(1 << 16, 1, 1, (1,)), 0).encode()
-
-
-def _xattr_of_nothing(c: Cluster) -> None:
-    _used_up(c)
-    _put(c, keys.xattr(LOST, b"user.a"), b"")
-
-
-def _leftover_chunks(c: Cluster) -> None:
-    _used_up(c)
-    c.iods[1].put(LOST, 0)
-
-
-def _chunks_of_directory(c: Cluster) -> None:
-    c.iods[1].put(c.top, 0)
-
-
-def _chunks_of_no_column(c: Cluster) -> None:
-    c.iods[1].put(c.file, 7)
-
-
-def _misplaced_copy(c: Cluster) -> None:
-    layout = c.inode(c.file).layout
-    assert layout is not None
-    other = next(number for number in c.iods if number != layout.chains[0])
-    c.iods[other].put(c.file, 0)
-
-
-def _beyond(offset: int) -> Break:
-    return lambda c: c.write(c.file, offset, 1)
-
-
-FAULTS: list[tuple[str, Break]] = [
-    ("entry.dangling", _dangling),
-    ("entry.kind", _wrong_kind),
-    ("entry.kind", _wrong_kind_in_name_only),
-    ("entry.twin", _wrong_kind_in_listing_only),
-    ("entry.twin", _no_twin),
-    ("entry.twin", _garbled_twin),
-    ("entry.twin", _twin_of_other_name),
-    ("entry.lost", _lost_name),
-    ("entry.lost", _lost_directory_name),
-    ("entry.unreadable", _garbled_name),
-    ("entry.unreadable", _garbled_both),
-    ("entry.cookie", _same_cookie),
-    ("entry.cookie", _cookie_too_low),
-    ("entry.name", _bad_name(b"")),
-    ("entry.name", _bad_name(b".")),
-    ("entry.name", _bad_name(b"..")),
-    ("entry.name", _bad_name(b"a/b")),
-    ("entry.name", _bad_name(b"a\0b")),
-    ("entry.name", _bad_name(b"n" * 256)),
-    ("entry.parent", _entry_nowhere),
-    ("entry.parent", _entry_in_a_file),
-    ("entry.extra", _second_name_of_directory),
-    ("entry.extra", _name_of_the_root),
-    ("inode.cookies", _next_cookie_too_low),
-    ("inode.cookies", _next_cookie_impossible),
-    ("inode.unreachable", _unreachable_file),
-    ("inode.unreachable", _unreachable_directory),
-    ("inode.unreachable", _loop),
-    ("inode.nlink", _fields("small", nlink=1)),
-    ("inode.nlink", _fields("small", nlink=0)),
-    ("inode.nlink", _fields("file", nlink=-5)),
-    ("inode.nlink", _fields("top", nlink=7)),
-    ("inode.parent", _fields("deep", parent=ROOT)),
-    ("inode.parent", _fields("small", parent=ROOT)),
-    ("inode.number", _fields("small", ino=ROOT)),
-    ("inode.target", _fields("small", target=b"x")),
-    ("inode.layout", _fields("top", layout=Layout(1 << 20, 9, 1, (1, 2)))),
-    ("inode.xattrs", _fields("file", xattr_count=0)),
-    ("inode.size", _symlink_size),
-    ("inode.rebuild", _missing_directory_inode),
-    ("inode.rebuild", _garbled_directory_inode),
-    ("inode.rebuild", _garbled_empty_directory_inode),
-    ("inode.rebuild", _missing_root),
-    ("counter.low", _counter(keys.NEXT_INO, None)),
-    ("counter.low", _counter(keys.NEXT_INO, codec.encode(3))),
-    ("counter.low", _counter(keys.NEXT_INO, codec.encode(1 << 62))),
-    ("counter.low", _counter(keys.NEXT_SESSION, codec.encode(1))),
-    ("slot.session", _counter(keys.slot(NOBODY, 1), b"")),
-    ("writer.session", lambda c: _put(c, keys.writer(NOBODY, c.file), b"\x90")),
-    ("writer.inode", lambda c: _put(c, keys.writer(SESSION, 1 << 40), b"\x90")),
-    ("orphan.inode", _orphan_without_inode),
-    ("orphan.named", _orphan_with_name),
-    ("orphan.abandoned", _orphan_of_nobody),
-    ("inode.nlink", _orphan_with_nlink),
-    ("purge.inode", _purge_of_existing),
-    ("purge.unreadable", _purge_unreadable),
-    ("trim.inode", _trim(LOST, _OTHER_LAYOUT)),
-    ("trim.unreadable", _trim(None, b"")),
-    ("trim.layout", _trim(None, _OTHER_LAYOUT)),
-    ("xattr.inode", _xattr_of_nothing),
-    ("record.malformed", _counter(b"i123", b"")),
-    ("record.malformed", _counter(keys.orphan(0), b"")),
-    ("chunks.leftover", _leftover_chunks),
-    ("chunks.leftover", _chunks_of_directory),
-    ("chunks.column", _chunks_of_no_column),
-    ("chunks.misplaced", _misplaced_copy),
-    ("chunks.beyond", _beyond(5_000_000 + (1 << 15))),
-    ("chunks.beyond", _beyond(6 << 20)),
-    ("chunks.beyond", _beyond(7 << 30)),
-]
-"""The check that must find it, and only it; and what to break.  All of these can be mended."""
 
 
 @pytest.mark.parametrize(("check", "fault"), FAULTS)
@@ -409,20 +95,6 @@ def test_fault_is_found_as_what_it_is_mended_and_gone(check: str, fault: Break) 
     assert first == (check, Outcome.MENDED)
     assert all(outcome is Outcome.MENDED for _, outcome in consequences)
     assert cluster.checks(verify=True) == []
-
-
-UNMENDABLE: list[tuple[str, Break]] = [
-    ("inode.unreadable", lambda c: _put(c, keys.inode(c.file), b"\xc1")),
-    ("inode.size", _fields("file", size=-1)),
-    ("inode.layout", _fields("file", layout=None)),
-    ("inode.layout", _fields("file", layout=Layout(1 << 20, 1, 1, (77,)))),
-    ("inode.layout", _fields("file", layout=Layout(1000, 1, 1, (1,)))),
-    ("superblock.unreadable", _counter(keys.SUPERBLOCK, b"")),
-    ("superblock.shard", _counter(keys.SUPERBLOCK, SUPERBLOCK._replace(shard=3).encode())),
-    ("map.unreadable", _counter(keys.CLUSTER_MAP, b"")),
-    ("record.unknown", _counter(b"z", b"")),
-    ("record.unknown", _counter(b"\xff", b"")),
-]
 
 
 @pytest.mark.parametrize(("check", "fault"), UNMENDABLE)
@@ -439,7 +111,7 @@ def test_what_would_have_to_be_guessed_is_reported_and_left_alone(check: str, fa
 def test_cluster_map_that_contradicts_itself_is_reported() -> None:
     cluster = Cluster()
     chains = (*CLUSTER_MAP.chains[:2], CLUSTER_MAP.chains[2]._replace(iods=(9,)))
-    _put(cluster, keys.CLUSTER_MAP, ClusterMap(1, CLUSTER_MAP.iods, chains).encode())
+    put(cluster, keys.CLUSTER_MAP, ClusterMap(1, CLUSTER_MAP.iods, chains).encode())
     assert "map.wrong" in cluster.checks()
 
 
@@ -448,8 +120,8 @@ def test_cluster_map_that_contradicts_itself_is_reported() -> None:
 
 def test_unreachable_inodes_are_found_in_lost_and_found_as_they_were() -> None:
     cluster = Cluster()
-    _unreachable_file(cluster)
-    _unreachable_directory(cluster)
+    unreachable_file(cluster)
+    unreachable_directory(cluster)
     cluster.check(repair=True)
     space = cluster.space
     lost = space.lookup(ROOT, b"lost+found").ino
@@ -464,7 +136,7 @@ def test_unreachable_inodes_are_found_in_lost_and_found_as_they_were() -> None:
 def test_rebuilt_directory_has_all_its_entries() -> None:
     cluster = Cluster()
     names = cluster.space.names(cluster.sub)
-    _missing_directory_inode(cluster)
+    missing_directory_inode(cluster)
     cluster.check(repair=True)
     assert cluster.space.names(cluster.sub) == names
     cluster.space.check()
@@ -473,7 +145,7 @@ def test_rebuilt_directory_has_all_its_entries() -> None:
 def test_lost_and_found_that_is_a_file_is_not_replaced() -> None:
     cluster = Cluster()
     file = cluster.space.create(ROOT, b"lost+found").ino
-    _unreachable_file(cluster)
+    unreachable_file(cluster)
     assert cluster.outcomes(repair=True) == [("inode.unreachable", Outcome.SKIPPED)]
     assert cluster.space.lookup(ROOT, b"lost+found").ino == file
 
@@ -548,7 +220,7 @@ def test_file_deleted_after_the_first_look_is_no_leftover() -> None:
             cluster.space.unlink(cluster.sub, b"data")
 
     cluster.mds.before_pin = delete
-    _leftover_chunks(cluster)
+    leftover_chunks(cluster)
     assert cluster.checks() == ["chunks.leftover"]
 
 
@@ -567,7 +239,7 @@ def test_file_that_grows_meanwhile_has_nothing_behind_its_end() -> None:
 
 def test_file_opened_for_writing_before_the_trim_is_not_trimmed() -> None:
     cluster = Cluster()
-    _beyond(6 << 20)(cluster)
+    beyond(6 << 20)(cluster)
     places = {place: set(iod.files[place]) for place, iod in cluster.chunk_files()}
     apply = cluster.mds.repair
 
@@ -578,6 +250,15 @@ def test_file_opened_for_writing_before_the_trim_is_not_trimmed() -> None:
     cluster.mds.repair = opened_first  # type: ignore[method-assign]
     assert cluster.outcomes(repair=True) == [("chunks.beyond", Outcome.SKIPPED)]
     assert places == {place: set(iod.files[place]) for place, iod in cluster.chunk_files()}
+
+
+def test_writer_that_is_gone_does_not_hide_what_lies_behind_the_end() -> None:
+    cluster = Cluster()
+    beyond(6 << 20)(cluster)
+    put(cluster, keys.writer(NOBODY, cluster.file), codec.encode([]))
+    assert cluster.checks() == ["writer.session", "chunks.beyond"]
+    put(cluster, keys.writer(SESSION, cluster.file), codec.encode([]))
+    assert cluster.checks() == ["writer.session"]
 
 
 def test_record_changed_after_the_look_is_not_overwritten() -> None:
@@ -599,7 +280,7 @@ def test_record_changed_after_the_look_is_not_overwritten() -> None:
 def test_iod_out_of_reach_is_reported_and_the_others_are_checked() -> None:
     cluster = Cluster()
     cluster.iods[2].error = KaError(Code.UNREACHABLE, "iod 2 is down")
-    _leftover_chunks(cluster)
+    leftover_chunks(cluster)
     report = cluster.check()
     assert report.unchecked == ["iod 2: iod 2 is down"]
     assert [finding.check for finding, _ in report.results] == ["chunks.leftover"]
@@ -621,9 +302,9 @@ def test_view_is_closed_when_the_check_fails() -> None:
 
 def test_exit_code_tells_leftovers_from_damage() -> None:
     cluster = Cluster()
-    _leftover_chunks(cluster)
+    leftover_chunks(cluster)
     assert cluster.check().exit_code == EXIT_LEFTOVERS
-    _lost_name(cluster)
+    lost_name(cluster)
     assert cluster.check(repair=True).exit_code == EXIT_DAMAGED
     assert cluster.check().exit_code == 0
 
@@ -631,7 +312,7 @@ def test_exit_code_tells_leftovers_from_damage() -> None:
 def test_report_is_json_with_paths() -> None:
     cluster = Cluster()
     cluster.set_inode(cluster.deep, nlink=9)
-    _no_twin(cluster)
+    no_twin(cluster)
     data = json.loads(json.dumps(cluster.check().as_data()))
     where = {finding["check"]: finding["where"] for finding in data["findings"]}
     assert where == {
@@ -679,14 +360,14 @@ def _corrupt(cluster: Cluster, how: str, a: int, b: int, data: bytes) -> None:
     value = records[key]
     match how:
         case "delete":
-            _put(cluster, key, None)
+            put(cluster, key, None)
         case "garble":
-            _put(cluster, key, data)
+            put(cluster, key, data)
         case "swap":
-            _put(cluster, key, records[other])
+            put(cluster, key, records[other])
         case "flip" if value:
             at = b % len(value)
-            _put(cluster, key, value[:at] + bytes((value[at] ^ (1 << b % 8),)) + value[at + 1 :])
+            put(cluster, key, value[:at] + bytes((value[at] ^ (1 << b % 8),)) + value[at + 1 :])
         case "move":
             at = b % len(key)
             moved = key[:at] + bytes((key[at] ^ (1 << b % 8),)) + key[at + 1 :]
@@ -698,13 +379,13 @@ def _corrupt(cluster: Cluster, how: str, a: int, b: int, data: bytes) -> None:
                 return
             if type(fields) is list and fields:
                 fields[b % len(fields)] = _ODD[len(data) % len(_ODD)]
-                _put(cluster, key, codec.encode(fields))
+                put(cluster, key, codec.encode(fields))
         case "insert":
             prefix = b"cdioprstwxm"[b % 11 :][:1]
-            _put(cluster, prefix + key[1:], value if a % 2 else data)
+            put(cluster, prefix + key[1:], value if a % 2 else data)
 
 
-@settings(deadline=None, max_examples=250, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(_CORRUPTION, min_size=1, max_size=6))
 def test_any_damage_is_survived_and_mending_comes_to_an_end(
     corruptions: list[tuple[str, int, int, bytes]],
@@ -712,7 +393,8 @@ def test_any_damage_is_survived_and_mending_comes_to_an_end(
     cluster = Cluster()
     for corruption in corruptions:
         _corrupt(cluster, *corruption)
-    assume(any(key.startswith(b"m") for key in cluster.view.records))
+    formatted = {keys.SUPERBLOCK, keys.CLUSTER_MAP, keys.NEXT_INO}
+    assume(formatted & cluster.view.records.keys())
     cluster.check()
     cluster.check(repair=True)
     # A second run may still finish what the first has brought to light among the chunks.
@@ -724,7 +406,7 @@ def test_any_damage_is_survived_and_mending_comes_to_an_end(
 def test_inode_record_of_a_new_version_is_left_alone() -> None:
     cluster = Cluster()
     fields = codec.decode(cluster.inode(cluster.file).encode())
-    _put(cluster, keys.inode(cluster.file), codec.encode([99, *fields[1:]]))
+    put(cluster, keys.inode(cluster.file), codec.encode([99, *fields[1:]]))
     assert cluster.outcomes(repair=True) == [("inode.unreadable", Outcome.UNMENDABLE)]
     with pytest.raises(KaError):
         Inode.decode(cluster.view.records[keys.inode(cluster.file)])
