@@ -38,7 +38,8 @@ class SessionOpen(NamedTuple):
 class SessionResume(NamedTuple):
     """Continue a session on a new connection -> `SessionReply`, or SESSION_UNKNOWN.
 
-    `opens` is the whole truth about what the client has open: the mds forgets the rest.
+    `opens` is the whole truth about what the client has open: the mds forgets the rest.  A client
+    whose session has run out tells the new one, too, what it has open.
     """
 
     session: int
@@ -63,6 +64,9 @@ class SessionReply(NamedTuple):
     """Counted by the client from its send; without a renewal the session then ends."""
     superblock: bytes
     cluster_map: bytes
+    stale: list[Any]
+    """Of the opens in a `SessionResume`: inodes that the client must not use any more, because
+    they were deleted, or are being cut to the recorded size, since its last session ran out."""
 
 
 @MDS.message(6)

@@ -100,22 +100,28 @@ class Volume:
         """Start a session; on leaving, write out everything and end it.
 
         `durable`: every change of the name space is on stable storage before it is answered.
+        What is raised inside comes out as it is, not in an exception group.
         """
         volume = cls(
             config, key, mount=mount or config.mount, mountpoint=mountpoint, durable=durable
         )
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             volume._nursery = nursery
             await nursery.start(volume.iods.run)
             await nursery.start(volume.mds.run)
-            await volume.mds.start()
-            await volume.iods.use_map(volume.mds.cluster_map)
             try:
+                await volume.mds.start()
+                await volume.iods.use_map(volume.mds.cluster_map)
                 yield volume
+            except Exception as error:
+                failure = error
             finally:
                 with trio.CancelScope(shield=True):
                     await volume._finish()
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _finish(self) -> None:
         for file in list(self._files.values()):
@@ -394,9 +400,11 @@ class Volume:
             [file.ino, file.open_count, file.writable_count > 0] for file in self._files.values()
         ]
 
-    def _session_lost(self) -> None:
+    def _session_lost(self, stale: list[int]) -> None:
         for file in self._files.values():
-            if file.unreported:
+            if file.ino in stale:
+                file.abandon()
+            elif file.unreported:
                 file.unreported = False
                 file.fail(lost_error())
 

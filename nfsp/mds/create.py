@@ -23,6 +23,7 @@ from common.errors import Code
 from nfsp import keys, wire
 from nfsp.mds import acl
 from nfsp.mds.queues import wait_trim
+from nfsp.mds.sessions import writer_record
 from nfsp.mds.view import (
     NOTHING,
     Context,
@@ -135,8 +136,7 @@ def _open_existing(view: View, m: wire.Create, exists: Entry, context: Context) 
     wanted = m.open and not m.exclusive and exists.kind == stat.S_IFREG >> 12
     require(wanted and m.mode & _KIND_MASK == stat.S_IFREG, Code.EEXIST, "exists already")
     record = target_of(view, exists).encode()
-    writer = keys.writer(context.session, exists.ino)
-    writes: Writes = {} if view.get(writer) is not None else {writer: NOTHING}
+    writes = writer_record(view, context.session, exists.ino)
     opened = Opened(exists.ino, True)
     return Outcome(wire.EntryReply(record, b""), writes, (*wait_trim(view, exists.ino), opened))
 
