@@ -12,7 +12,7 @@ Invariants
     right; the first place where one of them is not ends the segment;
   * integers are little endian.
 
-Layout, crash points and an example: docs/_metadata_store.md.
+Layout, crash points and an example: docs/on-disk-format.md#metadata-store.
 """
 
 from __future__ import annotations

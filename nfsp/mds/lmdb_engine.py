@@ -18,7 +18,7 @@ Invariants
   * a failed checkpoint is repeated: nothing that it wrote is ever relied upon.
 
 Not here: formats (journal, lmdb_store), what a restart keeps (journal_recovery), keys' meaning.
-On-disk format and crash points: docs/_metadata_store.md.
+On-disk format and crash points: docs/on-disk-format.md#metadata-store.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from nfsp.iod import chunk, chunkplan
 from nfsp.iod.chunk import BLOCK_SIZE, HEADER_SIZE, BadHeader, ChunkHeader
 
 CHUNK_SIZE = 128 * 1024
-DOCUMENT = Path(__file__).parents[2] / "docs" / "_chunk_files.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "on-disk-format.md"
 EXAMPLE = ChunkHeader(
     chunk_size=65536,
     inode=0x1234,

@@ -221,7 +221,7 @@ def test_garbage_is_no_record_and_never_raises(garbage: bytes, start: int) -> No
 
 
 def test_documented_example_is_what_is_written_and_read() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "_metadata_store.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "on-disk-format.md").read_text()
     segment = bytearray(RECORDS_OFFSET)
     for place, data in re.findall(r"^([0-9a-f]{8})  ((?:[0-9a-f]{2} ?){1,16})", text, re.MULTILINE):
         piece = bytes.fromhex(data)
