@@ -182,12 +182,12 @@ def _server_of(mountpoint: Path, config_path: Path | None) -> int | None:
     if config_path is not None:
         return MountFiles(config_path, mountpoint).pid_file.owner()
     wanted = os.fsencode(mountpoint)
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
+    for name in os.listdir("/proc"):
+        if name.isdigit():
             with contextlib.suppress(OSError):
-                words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+                words = Path("/proc", name, "cmdline").read_bytes().split(b"\0")
                 if b"mount" in words and wanted in words and b"--foreground" in words:
-                    return int(entry.name)
+                    return int(name)
     return None
 
 

@@ -184,6 +184,10 @@ class ChunkStore:
     ) -> None:
         self.close()
 
+    def exists(self, inode: int, column: int) -> bool:
+        """Return whether there is such a chunk file."""
+        return os.path.exists(self._tree.path(inode, column))
+
     # -- data
 
     def write(

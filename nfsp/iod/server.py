@@ -39,14 +39,15 @@ THREADS_MAX = 16
 """Enough to keep a disk busy; more only queue in the kernel."""
 SETTLE_INTERVAL_S = 5.0
 LIST_COUNT_MAX = 1000
-READ_NOW_SIZE_MAX = 128 * 1024
-"""Beyond, sendfile without a copy is worth a thread that finds the place."""
+NOW_SIZE_MAX = 128 * 1024
+"""Up to here a thread costs more than the memory's work; beyond, sendfile is worth one."""
 
 _log = log.get("nfsp.iod")
 _bytes_read = counter("nfsp_iod_read_bytes_total", "Bytes of chunks sent to readers")
 _bytes_written = counter("nfsp_iod_written_bytes_total", "Bytes of chunks stored")
 _requests = counter("nfsp_iod_requests_total", "Requests served", "operation")
 _reads = _requests.labels(wire.Read.__name__)
+_writes = _requests.labels(wire.Write.__name__)
 _corrupt = counter("nfsp_iod_corrupt_total", "Reads refused because stored data are damaged")
 
 _T = TypeVar("_T")
@@ -65,7 +66,6 @@ class IodServer:
         self._started = time.time()
         self._log = _log.bind(iod=iod)
         self._handlers: dict[type, Callable[[Any, memoryview | None], Awaitable[Reply]]] = {
-            wire.Write: self._write,
             wire.SyncChunks: self._sync,
             wire.Trim: self._trim,
             wire.Zero: self._zero,
@@ -86,6 +86,8 @@ class IodServer:
             return self._fence(connection, message)
         if type(message) is wire.Read:
             return self._read_now(message) or self._read(message)
+        if type(message) is wire.Write:
+            return self._write_new(message, payload) or self._write(message, payload)
         handler = self._handlers.get(type(message))
         if handler is None:
             raise KaError(Code.PROTOCOL, f"{type(message).__name__} is not a request")
@@ -136,22 +138,37 @@ class IodServer:
             self._epoch = message.epoch
         return _DONE
 
-    async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
+    def _write_new(self, m: wire.Write, payload: memoryview | None) -> Reply | None:
+        """Store a small file's first bytes here and now: a thread would cost more.
+
+        A file that does not exist is made and written in memory; there is nothing to be read, no
+        barrier to wait for, nobody to race with.
+        """
+        self._check_epoch(m.epoch)
         if payload is None or len(m.sums) % 8:
             raise KaError(Code.PROTOCOL, "a write without data or sums")
-        sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
-        data = payload
-
-        def store() -> None:
-            self._store.write(
-                m.ino, m.column, m.row, m.offset, [data], sums,
-                chunk_size=m.chunk_size, sync=m.sync,
-            )  # fmt: skip
-
-        async with self._turn(m.ino, m.column):
-            await self._in_thread(store)
-        _bytes_written.inc(len(data))
+        _writes.inc()
+        key = (m.ino, m.column)
+        if len(payload) > NOW_SIZE_MAX or m.sync or key in self._turns:
+            return None
+        if self._store.exists(*key):
+            return None
+        self._store_payload(m, payload)
         return _DONE
+
+    async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
+        assert payload is not None
+        async with self._turn(m.ino, m.column):
+            await self._in_thread(self._store_payload, m, payload)
+        return _DONE
+
+    def _store_payload(self, m: wire.Write, payload: memoryview) -> None:
+        sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
+        self._store.write(
+            m.ino, m.column, m.row, m.offset, [payload], sums,
+            chunk_size=m.chunk_size, sync=m.sync,
+        )  # fmt: skip
+        _bytes_written.inc(len(payload))
 
     def _read_now(self, m: wire.Read) -> Reply | None:
         """Answer a small read from memory, here and now: a thread would cost more than the read."""
@@ -159,7 +176,7 @@ class IodServer:
         if not 0 < m.length <= CHUNK_SIZE_MAX:
             raise KaError(Code.EINVAL, "a read of no or too many bytes")
         _reads.inc()
-        if m.verified or m.length > READ_NOW_SIZE_MAX:
+        if m.verified or m.length > NOW_SIZE_MAX:
             return None
         found = self._store.read_now(
             m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size

@@ -16,9 +16,9 @@ from common.endpoint import dial, listen
 from common.errors import Code, KaError
 from common.framing import Kind, encode_frame
 from common.messages import decode_error, encode_error
-from common.session import Identity
+from common.session import HANDSHAKE_BODY_SIZE_MAX, ClientHandshake, Identity
 from common.transport import Connection, Reply
-from tests.support.peers import CLUSTER, KEY, Peers, Raw, identity, opened
+from tests.support.peers import CLUSTER, KEY, Peers, Raw, failure, identity, opened
 
 LONG_S = 20.0
 
@@ -35,13 +35,6 @@ async def peers(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
     """An echo server, reached both ways."""
     async with opened(tmp_path / "socket", tcp=request.param == "tcp") as found:
         yield found
-
-
-async def failure(call: Callable[[], object]) -> KaError:
-    """Return the error that awaiting *call* raises."""
-    with pytest.raises(KaError) as caught:
-        await call()  # type: ignore[misc]
-    return caught.value
 
 
 def caller(address: str, path: str = "", timeout: float = 5.0) -> Callable[[], object]:
@@ -86,7 +79,7 @@ async def test_garbage_is_refused_and_others_are_served(peers: Peers) -> None:
 
 async def test_a_stranger_can_make_us_hold_little(peers: Peers) -> None:
     raw = Raw(await peers.connect_raw())
-    await raw.send(encode_frame(Kind.HANDSHAKE, 0, bytes(endpoint.HANDSHAKE_BODY_SIZE_MAX + 1)))
+    await raw.send(encode_frame(Kind.HANDSHAKE, 0, bytes(HANDSHAKE_BODY_SIZE_MAX + 1)))
     assert await raw.ended()
 
 
@@ -105,7 +98,7 @@ async def test_half_open_connections_are_bounded_and_run_out(
 
 
 async def test_a_handshake_cut_short_at_any_point_harms_nobody(peers: Peers) -> None:
-    hello = endpoint.ClientHandshake(identity(), KEY, connection=1, nonce=b"n" * 32).start()
+    hello = ClientHandshake(identity(), KEY, connection=1, nonce=b"n" * 32).start()
     frame = encode_frame(Kind.HANDSHAKE, 0, hello)
     for size in (0, 1, 39, 40, len(frame) - 1, len(frame)):
         raw = Raw(await peers.connect_raw())
@@ -117,7 +110,7 @@ async def test_a_handshake_cut_short_at_any_point_harms_nobody(peers: Peers) -> 
 
 async def test_requests_may_follow_the_proof_at_once(peers: Peers) -> None:
     raw = Raw(await peers.connect_raw())
-    handshake = endpoint.ClientHandshake(identity(), KEY, connection=1, nonce=b"n" * 32)
+    handshake = ClientHandshake(identity(), KEY, connection=1, nonce=b"n" * 32)
     await raw.send(encode_frame(Kind.HANDSHAKE, 0, handshake.start()))
     proof = handshake.receive((await raw.frame()).body)
     assert proof is not None

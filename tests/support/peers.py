@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
 from common.endpoint import dial, listen, serve
+from common.errors import KaError
 from common.framing import (
     BODY_SIZE_MAX,
     PAYLOAD_SIZE_MAX,
@@ -24,11 +26,18 @@ from common.framing import (
 from common.session import ClientHandshake, Identity
 from common.transport import Connection, Handler, Reply
 
-__all__ = ["CLUSTER", "KEY", "Peers", "Raw", "echo", "identity", "opened", "pair"]
+__all__ = ["CLUSTER", "KEY", "Peers", "Raw", "echo", "failure", "identity", "opened", "pair"]
 
 KEY = bytes(range(32))
 CLUSTER = "lab"
 _count = iter(range(1, 1 << 60))
+
+
+async def failure(call: Callable[[], object]) -> KaError:
+    """Return the error that awaiting *call* raises."""
+    with pytest.raises(KaError) as caught:
+        await call()  # type: ignore[misc]
+    return caught.value
 
 
 def identity(role: str = "client", name: str = "tester") -> Identity:

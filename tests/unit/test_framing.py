@@ -124,7 +124,8 @@ def parse_garbage(data: bytes) -> None:
         sink.feed(data)
     except KaError as error:
         assert error.code is Code.PROTOCOL  # noqa: PT017 (both outcomes are right)
-    assert len(sink.parser.want()) <= RECEIVE_SIZE
+    # In the middle of a payload it wants to receive into the caller's buffer.
+    assert not sink.parser.payload_complete or len(sink.parser.want()) <= RECEIVE_SIZE
 
 
 @given(st.binary(max_size=300))
