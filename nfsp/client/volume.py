@@ -68,6 +68,7 @@ class Volume:
             durable=durable,
             opens=self._opens,
             on_session_lost=self._session_lost,
+            on_map=lambda cluster_map: self.iods.use_map(cluster_map),
         )
         self.iods = IodClient(
             identity=identity,
@@ -112,7 +113,6 @@ class Volume:
             await nursery.start(volume.mds.run)
             try:
                 await volume.mds.start()
-                await volume.iods.use_map(volume.mds.cluster_map)
                 yield volume
             except Exception as error:
                 failure = error
