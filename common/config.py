@@ -88,7 +88,8 @@ def load(path: Path, cls: type[T]) -> T:
             data = file.read(FILE_SIZE_MAX + 1)
         if len(data) > FILE_SIZE_MAX:
             raise place.error(f"larger than {format_size(FILE_SIZE_MAX)}")
-        content = tomllib.loads(data.decode().replace("\r\n", "\n"))
+        # With a line more, a mistake at the end has a line number too.
+        content = tomllib.loads(data.decode() + "\n")
     except OSError as error:
         raise place.error(error.strerror or str(error)) from None
     except UnicodeDecodeError as error:

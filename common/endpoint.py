@@ -1,7 +1,7 @@
 """Where connections come from: `dial` makes one, `serve` accepts many.
 
-Addresses: `host:port` for TCP, a path for a unix socket.  A server usually listens on both; a
-client takes the unix socket when it exists on its own host (half the cost per byte).
+A server usually listens on TCP and on a unix socket; a client takes the unix socket when the
+server is on its own host (half the cost per byte).
 
 An unauthenticated peer gets HANDSHAKE_TIMEOUT_S, one small frame at a time, and one of
 `STRANGERS_MAX` places; it is counted and otherwise ignored.  What it says in the handshake is not
@@ -14,10 +14,8 @@ connections of the peer's identity thus never overlap.
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
-import stat
 from collections.abc import Callable, Sequence
 
 import trio
@@ -41,91 +39,18 @@ from common.session import (
     Identity,
     ServerHandshake,
 )
-from common.transport import SOCKET_BUFFER_SIZE, Connection, Handler
+from common.sockets import connect_tcp, connect_unix, listen, parse_address, prepare
+from common.transport import Connection, Handler
 
 __all__ = ["dial", "listen", "parse_address", "serve"]
 
 HANDSHAKE_TIMEOUT_S = 5.0
 STRANGERS_MAX = 128
-BACKLOG = 1024
-KEEPALIVE_IDLE_S = 30
-KEEPALIVE_INTERVAL_S = 10
-KEEPALIVE_COUNT = 3
-"""A vanished host is noticed after a minute, not after the kernel's two hours."""
-
 _HANDSHAKE_CODES = (Code.AUTH, Code.WRONG_CLUSTER, Code.WRONG_VERSION, Code.PROTOCOL)
 
 _log = log.get("ka.endpoint")
 _refused = counter("ka_refused_total", "Connections refused before or in the handshake", "reason")
 _accepted = counter("ka_accepted_total", "Connections accepted", "role")
-
-
-def parse_address(text: str) -> tuple[str, int]:
-    """Return (host, port) of `host:port` or `[v6]:port`; raises KaError USAGE."""
-    host, colon, port = text.rpartition(":")
-    digits = port.isascii() and port.isdigit() and len(port) <= 5
-    if not colon or not host or not digits or int(port) > 65535:
-        raise KaError(Code.USAGE, f"not an address (host:port): {text!r}")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def listen(address: str, path: str = "") -> list[socket.socket]:
-    """Return listening sockets for a TCP address and, if *path* is given, a unix socket.
-
-    A stale unix socket is replaced.  The unix socket is open to every local user: the handshake
-    is what protects it.  Raises KaError BUSY when an address is in use.
-    """
-    sockets: list[socket.socket] = []
-    where = address
-    try:
-        if address:
-            host, port = parse_address(address)
-            info = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            sock = socket.socket(info[0], socket.SOCK_STREAM)
-            sockets.append(sock)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind(info[4])
-        where = path
-        if path:
-            sockets.append(_bind_unix(path))
-        for sock in sockets:
-            where = str(sock.getsockname())
-            sock.listen(BACKLOG)
-            sock.setblocking(False)
-    except OSError as error:
-        for sock in sockets:
-            sock.close()
-        reason = error.strerror or str(error)
-        raise KaError(Code.BUSY, f"cannot listen on {where}: {reason}") from None
-    return sockets
-
-
-def _bind_unix(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        if _is_stale(path):
-            os.unlink(path)
-        sock.bind(path)
-        os.chmod(path, 0o666)
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def _is_stale(path: str) -> bool:
-    """Whether *path* is a unix socket that nobody listens on."""
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False  # somebody's file: bind will refuse
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.settimeout(1)
-            probe.connect(path)
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 async def serve(
@@ -211,7 +136,7 @@ async def _serve_newest(
             before[0].close("a newer connection took over")
             # Its handlers may sit in a disk operation that nobody can interrupt.
             await before[1].wait()
-        if on_connection is not None:
+        if on_connection is not None and connection.is_open:
             on_connection(connection)
         await connection.run()
     finally:
@@ -225,24 +150,12 @@ def _note_refusal(error: KaError | OSError | trio.TooSlowError) -> None:
     code = error.code.name if isinstance(error, KaError) else type(error).__name__
     _refused.labels(code).inc()
     reason = str(error) or "too slow"
-    if isinstance(error, KaError) and error.code in _HANDSHAKE_CODES and not error.remote:
+    wrong = (Code.AUTH, Code.WRONG_CLUSTER, Code.WRONG_VERSION)
+    if isinstance(error, KaError) and error.code in wrong:
         _log.warning("connection.refused", reason=reason)
     else:
+        # Whoever scans ports must not fill the log; the counter tells.
         _log.debug("connection.refused", reason=reason)
-
-
-def _prepare(sock: socket.socket) -> None:
-    sock.setblocking(False)
-    if sock.family == socket.AF_UNIX:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_SIZE)
-    else:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
-        gone_ms = 1000 * (KEEPALIVE_IDLE_S + KEEPALIVE_COUNT * KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, gone_ms)
 
 
 async def _send_all(sock: socket.socket, data: bytes) -> None:
@@ -278,7 +191,7 @@ async def _next_frame(sock: socket.socket, receiver: FrameReceiver) -> Frame:
 async def _receive_peer(
     sock: socket.socket, identity: Identity, key: bytes, handler: Handler
 ) -> Connection:
-    _prepare(sock)
+    prepare(sock)
     receiver = FrameReceiver(body_size_max=HANDSHAKE_BODY_SIZE_MAX, payload_size_max=0)
     handshake = ServerHandshake(identity.cluster_id, key, nonce=secrets.token_bytes(NONCE_SIZE))
     with trio.fail_after(HANDSHAKE_TIMEOUT_S):
@@ -316,9 +229,9 @@ async def dial(
     sock: socket.socket | None = None
     try:
         with trio.fail_after(timeout):
-            sock = await _connect_unix(path) if path else None
+            sock = await connect_unix(path) if path else None
             if sock is None:
-                sock = await _connect_tcp(address) if address else None
+                sock = await connect_tcp(address) if address else None
             else:
                 where = path
             if sock is None:
@@ -341,40 +254,6 @@ def _close(sock: socket.socket | None) -> None:
         sock.close()
 
 
-async def _connect_unix(path: str) -> socket.socket | None:
-    """Return a connected socket, or None where TCP should be tried.
-
-    The path may be left over, or be another host's on a shared file system.
-    """
-    try:
-        return await _connect(socket.AF_UNIX, path)
-    except (FileNotFoundError, ConnectionRefusedError, PermissionError):
-        return None
-
-
-async def _connect_tcp(address: str) -> socket.socket:
-    host, port = parse_address(address)
-    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for info in found[:-1]:  # a name may have addresses that nobody listens on
-        try:
-            return await _connect(info[0], info[4])
-        except OSError:
-            continue
-    return await _connect(found[-1][0], found[-1][4])
-
-
-async def _connect(family: int, target: object) -> socket.socket:
-    trio_socket = trio.socket.socket(family, socket.SOCK_STREAM)
-    try:
-        await trio_socket.connect(target)
-    except BaseException:
-        trio_socket.close()
-        raise
-    return socket.socket(
-        trio_socket.family, trio_socket.type, trio_socket.proto, trio_socket.detach()
-    )
-
-
 async def _introduce(
     sock: socket.socket,
     where: str,
@@ -383,7 +262,7 @@ async def _introduce(
     connection_number: int,
     handler: Handler | None,
 ) -> Connection:
-    _prepare(sock)
+    prepare(sock)
     receiver = FrameReceiver(body_size_max=HANDSHAKE_BODY_SIZE_MAX, payload_size_max=0)
     handshake = ClientHandshake(
         identity, key, connection=connection_number, nonce=secrets.token_bytes(NONCE_SIZE)

@@ -76,7 +76,7 @@ class Code(enum.Enum):
     ESTALE = _posix(2116, _errno.ESTALE, "stale file handle")
 
     SESSION_UNKNOWN = Spec(3001, _errno.EIO, False, EXIT_FAILURE, "the mount's session has expired")
-    EPOCH_STALE = Spec(3002, _errno.EIO, True, EXIT_FAILURE, "request made under an older epoch")
+    EPOCH_STALE = Spec(3002, _errno.EIO, False, EXIT_FAILURE, "request made under an older epoch")
     ENGINE_DAMAGED = Spec(3003, _errno.EIO, False, EXIT_DAMAGED, "the metadata store is damaged")
     NOT_FORMATTED = Spec(3004, _errno.EIO, False, EXIT_USAGE, "no file system there; run mkfs")
 

@@ -136,19 +136,24 @@ class Link:
 
         Raises the peer's error, or UNREACHABLE / TIMEOUT when *patience_s* (default: the link's),
         counted from the first failure, is over.  Raises at once what no repetition can mend (AUTH,
-        WRONG_CLUSTER, ...).
+        WRONG_CLUSTER, ...).  A single attempt gets as long as the patience given here, or
+        CALL_TIMEOUT_S but not more than the link's patience.
         """
+        if patience_s is None:
+            patience_s = self.patience_s
+            attempt_s = min(CALL_TIMEOUT_S, patience_s)
+        else:
+            attempt_s = patience_s
+        attempt_s = max(attempt_s, ATTEMPT_MIN_S)
         connection = self._connection
         if connection is not None and connection.is_open:
             try:
-                return await connection.call(body, payload, into=into, timeout=CALL_TIMEOUT_S)
+                return await connection.call(body, payload, into=into, timeout=attempt_s)
             except KaError as error:
                 if not error.code.retryable:
                     raise
                 self._suspect(connection, error)
-        return await self._call_patiently(
-            body, payload, into, self.patience_s if patience_s is None else patience_s
-        )
+        return await self._call_patiently(body, payload, into, patience_s, attempt_s)
 
     async def _call_patiently(
         self,
@@ -156,6 +161,7 @@ class Link:
         payload: Sequence[Buffer],
         into: memoryview | None,
         patience_s: float,
+        attempt_s: float,
     ) -> tuple[bytes, int]:
         deadline = trio.current_time() + patience_s
         backoff_s = BACKOFF_S
@@ -168,7 +174,7 @@ class Link:
                 except KaError as failure:
                     error = failure
             if connection is not None:
-                left_s = max(ATTEMPT_MIN_S, min(CALL_TIMEOUT_S, deadline - trio.current_time()))
+                left_s = max(ATTEMPT_MIN_S, min(attempt_s, deadline - trio.current_time()))
                 try:
                     return await connection.call(body, payload, into=into, timeout=left_s)
                 except KaError as failure:

@@ -13,7 +13,11 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+from common.errors import Code, KaError
+
 __all__ = ["Logger", "configure", "get"]
+
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
 def _fact(value: object) -> str:
@@ -45,7 +49,12 @@ def get(name: str, **facts: object) -> Logger:
 
 
 def configure(level: str = "info") -> None:
-    """Send log lines to standard error, one each, with UTC time, level and logger."""
+    """Send log lines to standard error, one each, with UTC time, level and logger.
+
+    Raises KaError USAGE for an unknown level.
+    """
+    if level.upper() not in _LEVELS:
+        raise KaError(Code.USAGE, f"unknown log level {level!r}: {', '.join(_LEVELS).lower()}")
     handler = logging.StreamHandler(sys.stderr)
     formatter = logging.Formatter(
         "{asctime}.{msecs:03.0f}Z {levelname:<7} {name} {message}", "%Y-%m-%dT%H:%M:%S", style="{"

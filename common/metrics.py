@@ -1,15 +1,17 @@
 """The metrics registry: what a daemon counts, for `status` and for Prometheus.
 
-Metrics are declared at import time beside the code that counts; `render` gives Prometheus' text
-format, `values` a flat mapping for status answers.  Names start with `ka_` or the tool's name and
-end with their unit; labels have few values.
+Metrics are declared at import time beside the code that counts; `serve_http` offers them to
+Prometheus, `values` is a flat mapping for status answers.  Names start with `ka_` or the tool's
+name and end with their unit; labels have few values.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-__all__ = ["counter", "gauge", "registry", "render", "values"]
+from common.errors import Code, KaError
+
+__all__ = ["counter", "gauge", "registry", "serve_http", "values"]
 
 registry = CollectorRegistry()
 
@@ -24,9 +26,18 @@ def gauge(name: str, meaning: str, *labels: str) -> Gauge:
     return Gauge(name, meaning, labels, registry=registry)
 
 
-def render() -> bytes:
-    """Return all metrics in Prometheus' text format."""
-    return generate_latest(registry)
+def serve_http(host: str, port: int) -> None:
+    """Serve Prometheus' text format over HTTP, in a thread, until the process ends.
+
+    Raises KaError BUSY when the address cannot be had.  There is no authentication: choose an
+    address that only those see who may.
+    """
+    try:
+        start_http_server(port, host, registry)
+    except OSError as error:
+        raise KaError(
+            Code.BUSY, f"cannot serve metrics on {host}:{port}: {error.strerror}"
+        ) from None
 
 
 def values() -> dict[str, float]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from common.errors import Code, KaError
 from common.messages import Catalogue
 
-__all__ = ["VERSIONS", "ClientHandshake", "Hello", "Identity", "ServerHandshake"]
+__all__ = ["MESSAGES", "VERSIONS", "ClientHandshake", "Hello", "Identity", "ServerHandshake"]
 
 VERSIONS = (1,)
 """Protocol versions this code speaks, best last."""
@@ -30,10 +30,10 @@ NONCE_SIZE = 32
 HANDSHAKE_BODY_SIZE_MAX = 1024
 """All that an unauthenticated peer can make us hold."""
 
-_SESSION = Catalogue("handshake")
+MESSAGES = Catalogue("handshake")
 
 
-@_SESSION.message(1)
+@MESSAGES.message(1)
 class Hello(NamedTuple):
     versions: list[Any]
     cluster_id: str
@@ -47,19 +47,19 @@ class Hello(NamedTuple):
     features: list[Any]
 
 
-@_SESSION.message(2)
+@MESSAGES.message(2)
 class Challenge(NamedTuple):
     version: int
     nonce: bytes
     features: list[Any]
 
 
-@_SESSION.message(3)
+@MESSAGES.message(3)
 class Proof(NamedTuple):
     mac: bytes
 
 
-@_SESSION.message(4)
+@MESSAGES.message(4)
 class Welcome(NamedTuple):
     mac: bytes
 
@@ -86,7 +86,7 @@ class ClientHandshake:
 
     def __init__(self, identity: Identity, key: bytes, *, connection: int, nonce: bytes) -> None:
         self._key = key
-        self._hello = _SESSION.encode(
+        self._hello = MESSAGES.encode(
             Hello(
                 list(VERSIONS), identity.cluster_id, identity.role, identity.name,
                 identity.incarnation, connection, nonce, [],
@@ -102,7 +102,7 @@ class ClientHandshake:
 
     def receive(self, body: bytes) -> bytes | None:
         """Take the server's next message; return ours, or None when the handshake is done."""
-        message = _SESSION.decode(body)
+        message = MESSAGES.decode(body)
         if self._challenge is None:
             if not isinstance(message, Challenge) or len(message.nonce) != NONCE_SIZE:
                 raise KaError(Code.PROTOCOL, "handshake: expected a challenge")
@@ -111,7 +111,7 @@ class ClientHandshake:
             self._challenge = body
             self.version = message.version
             self._proof = _mac(self._key, b"ka client", self._hello, body)
-            return _SESSION.encode(Proof(self._proof))
+            return MESSAGES.encode(Proof(self._proof))
         if not isinstance(message, Welcome) or self.done:
             raise KaError(Code.PROTOCOL, "handshake: expected a welcome")
         expected = _mac(self._key, b"ka server", self._hello, self._challenge, self._proof)
@@ -136,7 +136,7 @@ class ServerHandshake:
 
     def receive(self, body: bytes) -> bytes:
         """Take the client's next message and return the answer; raises KaError to refuse."""
-        message = _SESSION.decode(body)
+        message = MESSAGES.decode(body)
         if self.hello is None:
             return self._receive_hello(message, body)
         if not isinstance(message, Proof) or self._ended:
@@ -147,7 +147,7 @@ class ServerHandshake:
             raise KaError(Code.AUTH, "wrong cluster key")
         self.done = True
         mac = _mac(self._key, b"ka server", self._hello_body, self._challenge, message.mac)
-        return _SESSION.encode(Welcome(mac))
+        return MESSAGES.encode(Welcome(mac))
 
     def _receive_hello(self, message: object, body: bytes) -> bytes:
         if not isinstance(message, Hello) or len(message.nonce) != NONCE_SIZE:
@@ -161,5 +161,5 @@ class ServerHandshake:
             )
         self.hello = message
         self._hello_body = body
-        self._challenge = _SESSION.encode(Challenge(common[-1], self._nonce, []))
+        self._challenge = MESSAGES.encode(Challenge(common[-1], self._nonce, []))
         return self._challenge

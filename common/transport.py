@@ -6,17 +6,14 @@ are received straight into the caller's buffer and sent by gathering writes or s
 message usually costs one system call and no scheduling point.
 
 Tasks of a connection: one reader (parses, starts handlers, wakes callers), one writer (only when
-the socket is full), one watchdog (deadlines).  Invariants:
+the socket is full), one watchdog (deadlines), one for each handler that waits.  Invariants:
   * frames leave in the order in which they were queued, whole: a frame is queued by a
     synchronous call, so a cancelled caller can never cut one;
   * a caller's buffers, sent or received into, are not touched after `call` has ended;
   * after `ended` nothing of this connection runs any more, its handlers included.
 
-Limits.  A caller waits while its connection has `IN_HAND_COUNT_MAX` requests or
-`IN_HAND_SIZE_MAX` bytes of payload, asked for or sent, under way.  So the peer never has more in
-hand than that, and its reader need never stop: were it to stop behind a request, it could not read
-the answer that this request's own handler waits for.  It stops all the same, and with it the
-peer's sends, when a peer does not keep to the limits.
+This module is the caller's side and the life of a connection; `serving` is the other side, and
+says which limits callers keep, `outbox` what waits for the socket.
 
 Not here: retrying and reconnecting (`link`), what messages mean.
 """
@@ -24,54 +21,35 @@ Not here: retrying and reconnecting (`link`), what messages mean.
 from __future__ import annotations
 
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import outcome
 import trio
 
-from common import log
-from common.buffers import BufferPool
 from common.checksum import Buffer
 from common.errors import Code, KaError
 from common.framing import PAYLOAD_SIZE_MAX, Frame, FrameReceiver, Kind, encode_frame
-from common.messages import decode_error, encode_error
+from common.messages import decode_error
 from common.outbox import FilePayload, Outbox, Part
+from common.serving import (
+    ANSWER_QUEUE_SIZE_MAX,
+    IN_HAND_COUNT_MAX,
+    IN_HAND_SIZE_MAX,
+    SEND_QUEUE_SIZE_MAX,
+    Handler,
+    Reply,
+    Serving,
+    buffers,
+)
 
 __all__ = ["Connection", "FilePayload", "Handler", "Reply", "buffers"]
 
-IN_HAND_SIZE_MAX = 32 * 1024 * 1024
-IN_HAND_COUNT_MAX = 256
-SEND_QUEUE_SIZE_MAX = 8 * 1024 * 1024
-"""Behind this much unsent, a caller waits: it would only fill memory."""
-ANSWER_QUEUE_SIZE_MAX = IN_HAND_SIZE_MAX + SEND_QUEUE_SIZE_MAX + PAYLOAD_SIZE_MAX
-"""More than a peer that keeps to the limits can make us queue, long message bodies aside."""
-assert 2 * PAYLOAD_SIZE_MAX <= IN_HAND_SIZE_MAX, "the largest request must fit"
 WATCHDOG_INTERVAL_S = 0.25
 """Deadlines are kept to this precision: they guard against hangs, they time nothing."""
-SOCKET_BUFFER_SIZE = 4 * 1024 * 1024
-"""Of unix sockets; TCP tunes itself."""
 _FRAMES_PER_TURN = 32
 _SIZE_PER_TURN = 4 * 1024 * 1024
 """A busy connection lets other tasks run after this many frames or bytes."""
-
-_log = log.get("ka.transport")
-buffers = BufferPool()
-"""Request payloads live here; whoever receives bulk data may borrow from it too."""
-
-
-class Reply(NamedTuple):
-    """What a handler answers."""
-
-    body: bytes
-    payload: Buffer | FilePayload | None = None
-
-
-Handler = Callable[["Connection", bytes, memoryview | None], Reply | Awaitable[Reply | None] | None]
-"""(connection, body, payload) -> Reply; None for a NOTIFY.  A handler that needs no waiting
-returns its Reply at once and runs inside the reader; any other returns an awaitable, which gets
-a task of its own.  The payload is lent until the reply has been made; a reply may contain it, but
-nothing else, such as an abandoned thread, may still use it."""
 
 
 class _Pending:
@@ -117,7 +95,6 @@ class Connection:
         self.ended = trio.Event()
         """`run` is over."""
         self._sock = sock
-        self._handler = handler
         self._receiver = receiver
         self._next_id = 1
         self._pending: dict[int, _Pending] = {}
@@ -128,11 +105,7 @@ class Connection:
         self._room = trio.Event()
         self._gate = trio.Lock()
         """First come, first served among callers that wait for room; its holder waits."""
-        self._in_hand_size = 0
-        self._in_hand_count = 0
-        self._handling: dict[int, trio.CancelScope] = {}
-        """By request id; notifications are not among them."""
-        self._in_hand_changed = trio.Event()
+        self._serving = Serving(self, handler, self._outbox, self._send)
         self._turn_size = 0
         self._error: KaError | None = None
         self._nursery: trio.Nursery | None = None
@@ -263,7 +236,13 @@ class Connection:
         self._error = error
         self.closed.set()
         self._outbox.drop()
-        for event in (self._outbox_filled, self._room, self._in_hand_changed, self._has_pending):
+        try:
+            # The peer hears now, not when the last handler has come to its end.
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # it has gone already
+        self._serving.changed.set()
+        for event in (self._outbox_filled, self._room, self._has_pending):
             event.set()
         for request_id in list(self._pending):
             self._finish(request_id, outcome.Error(self._lost()))
@@ -305,7 +284,7 @@ class Connection:
                 except OSError as error:
                     self._fail(KaError(Code.UNREACHABLE, str(error), peer=self.peer))
                 self._room.set()
-                self._in_hand_changed.set()
+                self._serving.changed.set()
 
     # ------------------------------------------------------------ receiving
 
@@ -350,9 +329,7 @@ class Connection:
                 raise KaError(Code.UNREACHABLE, f"the peer gave up: {error}", peer=self.peer)
             self._finish(frame.request_id, outcome.Error(error))
         elif kind is Kind.CANCEL:
-            scope = self._handling.get(frame.request_id)
-            if scope is not None:
-                scope.cancel()
+            self._serving.cancel(frame.request_id)
         else:
             raise KaError(Code.PROTOCOL, f"unexpected {kind.name} frame")
 
@@ -394,94 +371,16 @@ class Connection:
         return pending
 
     async def _take_request(self, frame: Frame) -> None:
-        request_id = frame.request_id
-        if self._handler is None:
-            raise KaError(Code.PROTOCOL, "requests are not served on this connection")
-        if (request_id == 0) is (frame.kind is Kind.REQUEST) or request_id in self._handling:
-            raise KaError(Code.PROTOCOL, f"{frame.kind.name} frame with request id {request_id}")
-        while self._is_crowded(frame.payload_size):
-            self._in_hand_changed = trio.Event()
-            await self._in_hand_changed.wait()
+        self._serving.check(frame)
+        await self._serving.wait_room(frame.payload_size)
         payload: memoryview | None = None
         if frame.payload_size:
             payload = buffers.take(frame.payload_size)
             self._receiver.take_payload(payload)
             await self._take_payload()
-        if self._error is not None:
-            return
-        try:
-            result = self._handler(self, frame.body, payload)
-            if result is None or isinstance(result, Reply):
-                self._answer(request_id, result, payload)
-                return
-        except Exception as error:
-            self._answer_error(request_id, error, payload)
-            return
-        assert self._nursery is not None
-        self._in_hand_size += frame.payload_size
-        self._in_hand_count += 1
-        scope = trio.CancelScope()
-        if request_id:
-            self._handling[request_id] = scope
-        self._nursery.start_soon(self._handle, request_id, result, payload, scope)
-
-    def _is_crowded(self, payload_size: int) -> bool:
-        return self._error is None and (
-            self._in_hand_count >= IN_HAND_COUNT_MAX
-            or self._in_hand_size + payload_size > IN_HAND_SIZE_MAX
-            or self._outbox.size > ANSWER_QUEUE_SIZE_MAX
-        )
-
-    async def _handle(
-        self,
-        request_id: int,
-        work: Awaitable[Reply | None],
-        payload: memoryview | None,
-        scope: trio.CancelScope,
-    ) -> None:
-        payload_size = 0 if payload is None else len(payload)
-        try:
-            with scope:
-                self._answer(request_id, await work, payload)
-            if scope.cancelled_caught:
-                self._answer_error(request_id, KaError(Code.CANCELLED), payload)
-        except Exception as error:
-            self._answer_error(request_id, error, payload)
-        finally:
-            self._handling.pop(request_id, None)
-            self._in_hand_size -= payload_size
-            self._in_hand_count -= 1
-            self._in_hand_changed.set()
-
-    def _answer(self, request_id: int, reply: Reply | None, request: memoryview | None) -> None:
-        """Queue the answer and take the request's payload back."""
-        payload = None if reply is None else reply.payload
-        file = payload if isinstance(payload, FilePayload) else None
-        try:
-            if request_id == 0:
-                reply = None
-            elif reply is None:
-                raise KaError(Code.INTERNAL, "the request has no answer")
-            if reply is not None:
-                size = 0 if payload is None else file.length if file else len(payload)
-                frame = encode_frame(Kind.REPLY, request_id, reply.body, size)
-                self._send((frame,) if payload is None else (frame, payload))
-                file = None
-        finally:
-            if file is not None:
-                file.release()
-        # Part of the request may be on its way back; its buffer is then simply collected.
-        if request is not None and getattr(payload, "obj", None) is not request.obj:
-            buffers.give(request)
-
-    def _answer_error(self, request_id: int, error: Exception, request: memoryview | None) -> None:
-        if not isinstance(error, KaError):
-            _log.error("request.failed", peer=self.peer, exc_info=error)
-            error = KaError(Code.INTERNAL, f"{type(error).__name__}: {error}")
-        if request_id:
-            self._send((encode_frame(Kind.ERROR, request_id, encode_error(error)),))
-        if request is not None:
-            buffers.give(request)
+        if self._error is None:
+            assert self._nursery is not None
+            self._serving.start(frame, payload, self._nursery)
 
     async def _watchdog(self) -> None:
         while self._error is None:

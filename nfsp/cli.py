@@ -74,7 +74,9 @@ def main() -> NoReturn:
         click.echo("nfsp: interrupted", err=True)
         sys.exit(130)
     except click.ClickException as error:
-        click.echo(f"nfsp: {error.format_message()}", err=True)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        command = context.command_path if context is not None else "nfsp"
+        click.echo(f"nfsp: {error.format_message()} See `{command} --help`.", err=True)
         sys.exit(2)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)

@@ -126,5 +126,9 @@ class ClusterConfig:
 
 def load_cluster(path: Path) -> tuple[ClusterConfig, bytes]:
     """Return the configuration in *path* and the cluster key; raises KaError USAGE."""
+    if not path.exists():
+        raise KaError(
+            Code.USAGE, f"no cluster configuration: {path}; name one with -c or $NFSP_CLUSTER"
+        )
     config = load(path, ClusterConfig)
     return config, read_key(config.cluster.key_file)

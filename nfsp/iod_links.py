@@ -30,12 +30,16 @@ class IodLinks:
         key: bytes,
         patience_s: float,
         on_connect: Callable[[Connection], Awaitable[None]] | None = None,
+        fetch_map: Callable[[], Awaitable[ClusterMap]] | None = None,
     ) -> None:
+        """`fetch_map` asks for the current map when an iod knows a newer one than we do."""
+        self._fetch_map = fetch_map
         self._identity = identity
         self._key = key
         self._patience_s = patience_s
         self._on_connect = on_connect
         self._links: dict[int, Link] = {}
+        self._places: dict[int, tuple[str, str]] = {}
         self._chains: dict[int, tuple[int, ...]] = {}
         self._nursery: trio.Nursery | None = None
         self.epoch = 0
@@ -52,7 +56,9 @@ class IodLinks:
         self.epoch = cluster_map.epoch
         self._chains = {chain.chain: chain.iods for chain in cluster_map.chains}
         for iod in cluster_map.iods:
-            if iod.iod not in self._links:
+            if self._places.get(iod.iod) != (iod.address, iod.socket):
+                if iod.iod in self._links:
+                    self._links[iod.iod].close()
                 link = Link(
                     f"iod{iod.iod}",
                     iod.address,
@@ -64,6 +70,7 @@ class IodLinks:
                 )
                 await self._nursery.start(link.run)
                 self._links[iod.iod] = link
+                self._places[iod.iod] = (iod.address, iod.socket)
 
     @property
     def iods(self) -> list[int]:
@@ -91,9 +98,20 @@ class IodLinks:
         link = self._links.get(iod)
         if link is None:
             raise KaError(Code.EIO, f"iod {iod} is not in the cluster map")
-        body, size = await link.call(
-            wire.IOD.encode(message), data, into=into, patience_s=patience_s
-        )
+        try:
+            body, size = await link.call(
+                wire.IOD.encode(message), data, into=into, patience_s=patience_s
+            )
+        except KaError as error:
+            if error.code is not Code.EPOCH_STALE or self._fetch_map is None:
+                raise
+            await self.use_map(await self._fetch_map())
+            if self.epoch == message.epoch:
+                raise
+            message = message._replace(epoch=self.epoch)
+            body, size = await link.call(
+                wire.IOD.encode(message), data, into=into, patience_s=patience_s
+            )
         answer = wire.IOD.decode(body)
         if not isinstance(answer, reply):
             raise KaError(

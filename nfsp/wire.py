@@ -38,7 +38,8 @@ class SessionOpen(NamedTuple):
 class SessionResume(NamedTuple):
     """Continue a session on a new connection -> `SessionReply`, or SESSION_UNKNOWN.
 
-    `opens` is the whole truth about what the client has open: the mds forgets the rest.
+    `opens` is the whole truth about what the client has open: the mds forgets the rest.  A client
+    whose session has run out tells the new one, too, what it has open.
     """
 
     session: int
@@ -63,6 +64,9 @@ class SessionReply(NamedTuple):
     """Counted by the client from its send; without a renewal the session then ends."""
     superblock: bytes
     cluster_map: bytes
+    stale: list[Any]
+    """Of the opens in a `SessionResume`: inodes that the client must not use any more, because
+    they were deleted, or are being cut to the recorded size, since its last session ran out."""
 
 
 @MDS.message(6)
@@ -150,6 +154,16 @@ class StatFsReply(NamedTuple):
     inodes: int
 
 
+@MDS.message(21)
+class EntryReply(NamedTuple):
+    """What an entry's making or removal left behind: saves the client from asking."""
+
+    inode: bytes
+    """The entry's inode; empty when the entry was removed."""
+    directory: bytes
+    """The directory; empty when nothing in it changed."""
+
+
 # ---------------------------------------------------------------- opening and closing
 
 
@@ -177,7 +191,7 @@ class Close(NamedTuple):
 
 @MDS.message(40)
 class Create(NamedTuple):
-    """Make a file, directory, symbolic link or special file -> `InodeReply`.
+    """Make a file, directory, symbolic link or special file -> `EntryReply`.
 
     EEXIST when the name exists, unless `open` is wanted and not `exclusive`: then the existing
     regular file is opened and returned.
@@ -199,7 +213,7 @@ class Create(NamedTuple):
 
 @MDS.message(41)
 class Link(NamedTuple):
-    """Add a name to an inode -> `InodeReply`."""
+    """Add a name to an inode -> `EntryReply`."""
 
     slot: int
     sequence: int
@@ -210,7 +224,7 @@ class Link(NamedTuple):
 
 @MDS.message(42)
 class Unlink(NamedTuple):
-    """Remove a name that is not a directory's -> `Done`."""
+    """Remove a name that is not a directory's -> `EntryReply`."""
 
     slot: int
     sequence: int
@@ -220,7 +234,7 @@ class Unlink(NamedTuple):
 
 @MDS.message(43)
 class Rmdir(NamedTuple):
-    """Remove an empty directory -> `Done`."""
+    """Remove an empty directory -> `EntryReply`."""
 
     slot: int
     sequence: int

@@ -97,6 +97,10 @@ class OpenFile:
         self.mtime_ns = inode.mtime_ns
         self.unreported = False
         """Whether size and mtime here are ahead of the mds."""
+        self._stored_size = inode.size
+        """Up to where the file has its bytes for sure: recorded, or answered by the iods."""
+        self._lost = False
+        """Whether a write has failed since everything was settled last."""
         self.open_count = 0
         """Opens the mds has counted since this object was made."""
         self.handle_count = 0
@@ -105,6 +109,7 @@ class OpenFile:
         self.error_count = 0
         self.unsynced: set[tuple[int, int]] = set()
         """(iod, column) pairs written since the last fsync."""
+        self.is_stale = False
         self.reporting = trio.Lock()
         self._iods = iods
         self._dirty = dirty
@@ -119,6 +124,16 @@ class OpenFile:
         self.error = error
         self.error_count += 1
 
+    def abandon(self) -> None:
+        """The mds no longer keeps the file for us: nothing read or written here would be true."""
+        self.is_stale = True
+        self.unreported = False
+        self.fail(_stale_error(self.ino))
+
+    def _require_kept(self) -> None:
+        if self.is_stale:
+            raise _stale_error(self.ino)
+
     def raise_new_error(self, handle: Handle) -> None:
         """Raise the last failure if *handle* has not been told yet."""
         if handle.errors_seen != self.error_count:
@@ -130,14 +145,18 @@ class OpenFile:
 
     async def write(self, offset: int, data: memoryview, mtime_ns: int) -> None:
         """Accept bytes; they must not change afterwards."""
+        self._require_kept()
         await self._dirty.wait_room()
         self._dirty.size += len(data)
+        is_first = not self.unreported
         for piece in pieces(self.layout, offset, len(data)):
             start = piece.file_offset - offset
             self._accept(piece, data[start : start + piece.length])
         self.size = max(self.size, offset + len(data))
         self.mtime_ns = max(mtime_ns, self.mtime_ns + 1)
         self.unreported = True
+        if is_first:  # perhaps the only one: under way while the writer comes to its close
+            self.push()
 
     def _accept(self, piece: Piece, data: memoryview) -> None:
         extent = self._gathering
@@ -169,11 +188,13 @@ class OpenFile:
             await self._iods.write(self.layout, self.ino, piece, extent.buffers, sums)
             for iod in self._iods.iods_of(self.layout, piece.column):
                 self.unsynced.add((iod, piece.column))
+            self._stored_size = max(self._stored_size, extent.stop)
         except KaError as error:
             _log.error(
                 "write.failed", ino=self.ino, offset=extent.start, length=extent.length,
                 reason=str(error),
             )  # fmt: skip
+            self._lost = True
             self.fail(error)
         finally:
             self._under_way.remove(extent)
@@ -191,6 +212,9 @@ class OpenFile:
         self.push()
         for extent in list(self._under_way):
             await extent.done.wait()
+        if self._lost and not self._under_way:
+            self._lost = False
+            self.size = self._stored_size  # do not record a tail that could not be stored
 
     # ------------------------------------------------------------ reading
 
@@ -199,6 +223,7 @@ class OpenFile:
 
         The memory is borrowed from `transport.buffers`; whoever is done with it may give it back.
         """
+        self._require_kept()
         stop = min(offset + length, self.size)
         if stop <= offset:
             return memoryview(b"")
@@ -207,6 +232,7 @@ class OpenFile:
         last = stop + -stop % BLOCK_SIZE
         buffer = buffers.take(last - first)
         await self._read_blocks(list(_block_pieces(self.layout, first, last)), first, buffer)
+        self._require_kept()  # it may have been purged under our hands
         return buffer[offset - first : stop - first]
 
     async def _read_blocks(self, parts: list[Piece], first: int, buffer: memoryview) -> None:
@@ -245,7 +271,7 @@ class OpenFile:
     def merge(self, inode: Inode) -> Inode:
         """Return the inode as this mount must show it; take over what others changed."""
         if not self.unreported:
-            self.size = inode.size
+            self.size = self._stored_size = inode.size
             self.mtime_ns = inode.mtime_ns
             return inode
         return inode._replace(size=max(self.size, inode.size), mtime_ns=self.mtime_ns)
@@ -260,3 +286,7 @@ def _block_pieces(layout: Layout, first: int, last: int) -> Iterator[Piece]:
 def lost_error() -> KaError:
     """Return what a handle gets whose session the mds has let expire with data unreported."""
     return KaError(Code.EIO, "the mount's session expired before these data were recorded")
+
+
+def _stale_error(ino: int) -> KaError:
+    return KaError(Code.ESTALE, "the file went with the mount's expired session", ino=ino)

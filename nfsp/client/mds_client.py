@@ -2,8 +2,9 @@
 
 Reads are repeated as they are.  A mutation takes a free slot and the slot's next number, so that
 a repetition after a lost answer gets the first answer (docs/protocol.md#exactly-once).  On a new
-connection the session is resumed with the list of what is open here; if the mds has let the
-session expire, a new one begins and `on_session_lost` is told.
+connection the session is resumed with the list of what is open here.  If the mds has let the
+session expire, a new one begins with that list, and `on_session_lost` is told which inodes must
+not be used any more.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class MdsClient:
         mountpoint: str = "",
         durable: bool = False,
         opens: Callable[[], list[list[object]]] = list,
-        on_session_lost: Callable[[], None] = lambda: None,
+        on_session_lost: Callable[[list[int]], None] = lambda stale: None,
     ) -> None:
         self._link = Link(
             f"mds{config.id}",
@@ -63,6 +64,8 @@ class MdsClient:
         self._opens = opens
         self._on_session_lost = on_session_lost
         self._session = 0
+        self._is_lost = False
+        """A session has run out, and the next one does not know our opens yet."""
         self._connection: Connection | None = None
         self._free_slots = list(range(SLOT_COUNT))
         self._sequences = [0] * SLOT_COUNT
@@ -113,6 +116,12 @@ class MdsClient:
             self._slot_freed.release()
         return _decode(body, reply)
 
+    async def fetch_map(self) -> ClusterMap:
+        """Ask for the current cluster map."""
+        reply = await self.request(wire.SessionRenew(), wire.SessionReply)
+        self.cluster_map = ClusterMap.decode(reply.cluster_map)
+        return self.cluster_map
+
     async def inode(self, message: Any) -> Inode:
         """Send a request that is answered by an inode."""
         return Inode.decode((await self.request(message, wire.InodeReply)).inode)
@@ -120,6 +129,11 @@ class MdsClient:
     async def mutate_inode(self, make: Callable[[int, int], Any]) -> Inode:
         """Send a mutation that is answered by an inode."""
         return Inode.decode((await self.mutate(make, wire.InodeReply)).inode)
+
+    async def mutate_entry(self, make: Callable[[int, int], Any]) -> tuple[bytes, Inode | None]:
+        """Send a mutation of an entry; return its inode's record and the directory."""
+        reply = await self.mutate(make, wire.EntryReply)
+        return reply.inode, Inode.decode(reply.directory) if reply.directory else None
 
     def closed(self, ino: int, count: int) -> None:
         """Tell the mds that *count* opens of an inode have ended.
@@ -133,25 +147,32 @@ class MdsClient:
     async def _establish(self, connection: Connection) -> None:
         """Resume or open the session on a new connection."""
         if self._session:
-            resume = wire.SessionResume(self._session, list(self._opens()))
             try:
-                await self._handshake(connection, resume)
+                await self._resume(connection)
                 return
             except KaError as error:
                 if error.code is not Code.SESSION_UNKNOWN:
                     raise
                 _log.error("session.lost", session=self._session)
-                self._on_session_lost()
+                self._is_lost = True
+        # Slots go on counting: mutations that began in the old session end in the new one.
         hello = wire.SessionOpen(
             socket.gethostname(), os.getpid(), self._mountpoint, self._durable, SLOT_COUNT
         )
         await self._handshake(connection, hello)
-        self._sequences = [0] * SLOT_COUNT
-        opens = self._opens()
-        if opens:
-            await self._handshake(connection, wire.SessionResume(self._session, opens))
+        if self._is_lost:
+            await self._resume(connection)
 
-    async def _handshake(self, connection: Connection, message: Any) -> None:
+    async def _resume(self, connection: Connection) -> None:
+        reply = await self._handshake(
+            connection, wire.SessionResume(self._session, list(self._opens()))
+        )
+        if self._is_lost:
+            # Only now: what was written until here may have been cut with the old session's.
+            self._is_lost = False
+            self._on_session_lost(reply.stale)
+
+    async def _handshake(self, connection: Connection, message: Any) -> wire.SessionReply:
         body, _size = await connection.call(wire.MDS.encode(message), timeout=RESUME_TIMEOUT_S)
         reply = _decode(body, wire.SessionReply)
         self._session = reply.session
@@ -159,6 +180,7 @@ class MdsClient:
         self.superblock = Superblock.decode(reply.superblock)
         self.cluster_map = ClusterMap.decode(reply.cluster_map)
         self._connection = connection
+        return reply
 
     async def _renew(self) -> None:
         while True:

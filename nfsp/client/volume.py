@@ -16,7 +16,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TypeVar
@@ -40,6 +40,7 @@ VALIDATORS_MAX = 65536
 """Files whose unchanged pages the kernel may keep over an open."""
 
 BARE_MAX = 65536
+DIRECTORIES_MAX = 4096
 LAYOUT_XATTR = b"user.nfsp.layout"
 """Never stored: the mds makes it up."""
 
@@ -68,13 +69,20 @@ class Volume:
             opens=self._opens,
             on_session_lost=self._session_lost,
         )
-        self.iods = IodClient(identity=identity, key=key, patience_s=mount.timeout_s)
+        self.iods = IodClient(
+            identity=identity,
+            key=key,
+            patience_s=mount.timeout_s,
+            fetch_map=self.mds.fetch_map,
+        )
         self._dirty = DirtyLimit(mount.dirty_size)
         self._files: dict[int, OpenFile] = {}
         self._validators: OrderedDict[int, int] = OrderedDict()
         """Inode -> `change` of the state that the kernel's pages show."""
         self._bare: OrderedDict[int, float] = OrderedDict()
         """Inode -> until when it may be taken to have no extended attribute."""
+        self._directories: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
+        """Inode -> a directory as our last change in it left it, and until when that may serve."""
         self._attr_timeout_s = mount.attr_timeout_s
         self._nursery: trio.Nursery
 
@@ -92,22 +100,28 @@ class Volume:
         """Start a session; on leaving, write out everything and end it.
 
         `durable`: every change of the name space is on stable storage before it is answered.
+        What is raised inside comes out as it is, not in an exception group.
         """
         volume = cls(
             config, key, mount=mount or config.mount, mountpoint=mountpoint, durable=durable
         )
+        failure: Exception | None = None
         async with trio.open_nursery() as nursery:
             volume._nursery = nursery
             await nursery.start(volume.iods.run)
             await nursery.start(volume.mds.run)
-            await volume.mds.start()
-            await volume.iods.use_map(volume.mds.cluster_map)
             try:
+                await volume.mds.start()
+                await volume.iods.use_map(volume.mds.cluster_map)
                 yield volume
+            except Exception as error:
+                failure = error
             finally:
                 with trio.CancelScope(shield=True):
                     await volume._finish()
                 nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
 
     async def _finish(self) -> None:
         for file in list(self._files.values()):
@@ -125,6 +139,9 @@ class Volume:
         return self._shown(await self.mds.inode(wire.Lookup(parent, name)))
 
     async def getattr(self, ino: int) -> Inode:
+        known = self._directories.get(ino)
+        if known is not None and known[1] > time.monotonic():
+            return known[0]
         return self._shown(await self.mds.inode(wire.GetAttr(ino)))
 
     async def readdir(self, ino: int, cookie: int, count_max: int) -> tuple[list[DirEntry], bool]:
@@ -157,32 +174,31 @@ class Volume:
         rdev: int = 0, target: bytes = b"",
     ) -> Inode:  # fmt: skip
         """Make a file, directory, symbolic link or special file without opening it."""
-        return await self.mds.mutate_inode(
+        record = await self._entry(
+            parent,
             lambda slot, number: wire.Create(
                 slot, number, parent, name, mode, uid, gid, umask, rdev, target, False, True
-            )
+            ),
         )
+        return self._shown(Inode.decode(record))
 
     async def link(self, ino: int, parent: int, name: bytes) -> Inode:
-        return self._changed(
-            await self.mds.mutate_inode(
-                lambda slot, number: wire.Link(slot, number, ino, parent, name)
-            )
+        record = await self._entry(
+            parent, lambda slot, number: wire.Link(slot, number, ino, parent, name)
         )
+        return self._changed(Inode.decode(record))
 
     async def unlink(self, parent: int, name: bytes) -> None:
-        await self.mds.mutate(
-            lambda slot, number: wire.Unlink(slot, number, parent, name), wire.Done
-        )
+        await self._entry(parent, lambda slot, number: wire.Unlink(slot, number, parent, name))
 
     async def rmdir(self, parent: int, name: bytes) -> None:
-        await self.mds.mutate(
-            lambda slot, number: wire.Rmdir(slot, number, parent, name), wire.Done
-        )
+        await self._entry(parent, lambda slot, number: wire.Rmdir(slot, number, parent, name))
 
     async def rename(
         self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> None:
+        self._directories.pop(parent, None)
+        self._directories.pop(new_parent, None)
         await self.mds.mutate(
             lambda slot, number: wire.Rename(
                 slot, number, parent, name, new_parent, new_name, flags
@@ -203,6 +219,7 @@ class Volume:
             await self._report(file, durable=False)
             if valid & wire.SET_SIZE:
                 file.note_trim()
+        self._directories.pop(ino, None)
         inode = await self.mds.mutate_inode(
             lambda slot, number: wire.SetAttr(
                 slot, number, ino, valid, mode, uid, gid, size, atime_ns, mtime_ns
@@ -212,11 +229,13 @@ class Volume:
 
     async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
         self._bare.pop(ino, None)
+        self._directories.pop(ino, None)
         await self.mds.mutate(
             lambda slot, number: wire.SetXattr(slot, number, ino, name, value, flags), wire.Done
         )
 
     async def removexattr(self, ino: int, name: bytes) -> None:
+        self._directories.pop(ino, None)
         await self.mds.mutate(
             lambda slot, number: wire.RemoveXattr(slot, number, ino, name), wire.Done
         )
@@ -240,11 +259,13 @@ class Volume:
         exclusive: bool,
     ) -> tuple[Handle, Inode]:  # fmt: skip
         """Make a regular file, or open the existing one unless *exclusive*; for writing."""
-        inode = await self.mds.mutate_inode(
+        record = await self._entry(
+            parent,
             lambda slot, number: wire.Create(
                 slot, number, parent, name, mode, uid, gid, umask, 0, b"", True, exclusive
-            )
+            ),
         )
+        inode = Inode.decode(record)
         handle = self._handle(inode, writable=True)
         self._remember(inode)
         return handle, self._shown(inode)
@@ -336,6 +357,20 @@ class Volume:
             elif durable:
                 await self.sync()
 
+    async def _entry(self, parent: int, make: Callable[[int, int], object]) -> bytes:
+        """Make or remove an entry; keep what that made of the directory, for a moment.
+
+        The kernel asks for a directory's attributes after each change it has made in it.
+        """
+        self._directories.pop(parent, None)
+        record, directory = await self.mds.mutate_entry(make)
+        if directory is not None:
+            known = self._directories.get(parent)
+            if known is None or known[0].change < directory.change:
+                until = time.monotonic() + self._attr_timeout_s
+                _keep(self._directories, parent, (directory, until), DIRECTORIES_MAX)
+        return record
+
     def _is_bare(self, ino: int) -> bool:
         """Whether the inode had no extended attribute when it was last seen, just now.
 
@@ -365,9 +400,11 @@ class Volume:
             [file.ino, file.open_count, file.writable_count > 0] for file in self._files.values()
         ]
 
-    def _session_lost(self) -> None:
+    def _session_lost(self, stale: list[int]) -> None:
         for file in self._files.values():
-            if file.unreported:
+            if file.ino in stale:
+                file.abandon()
+            elif file.unreported:
                 file.unreported = False
                 file.fail(lost_error())
 

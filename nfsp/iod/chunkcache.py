@@ -50,6 +50,18 @@ class ChunkFileCache:
             if victim is not None:
                 self._evict(victim)
 
+    @contextlib.contextmanager
+    def locked_now(self, inode: int, column: int) -> Iterator[ChunkFile | None]:
+        """Lock a chunk file that is open and not in use during the `with`; None: not now."""
+        file = self._files.get((inode, column))
+        if file is None or not file.lock.acquire(blocking=False):
+            yield None
+            return
+        try:
+            yield file
+        finally:
+            file.lock.release()
+
     def idle(self) -> list[Key]:
         """Return the chunk files that nobody uses at this moment."""
         with self._lock:

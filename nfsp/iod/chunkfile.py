@@ -38,6 +38,10 @@ __all__ = ["ChunkFile", "Payload"]
 
 _ZEROS = memoryview(bytes(BLOCK_SIZE))
 
+# From here on a write is taken for part of a stream, which soon has to reach the disk anyway: the
+# disk is kept busy meanwhile, instead of idle until the fsync.
+WRITEBACK_SIZE_MIN = 512 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Payload:
@@ -79,6 +83,11 @@ class ChunkFile:
             if fd is None:
                 return None
             self._rows = self._opened(fd, os.fstat(fd).st_size)
+        return self._rows
+
+    @property
+    def rows(self) -> ChunkRows | None:
+        """The chunk file, if it is open now."""
         return self._rows
 
     def _create(self) -> ChunkRows:
@@ -187,6 +196,8 @@ class ChunkFile:
             self._disk.pwritev(rows.fd, payload.pieces, at)
             rows.write_header(entry, final)
         rows.size = max(rows.size, at + payload.length)
+        if payload.length >= WRITEBACK_SIZE_MIN:
+            self._disk.start_writeback(rows.fd, at, payload.length)
 
     def _barrier(self, rows: ChunkRows) -> None:
         try:

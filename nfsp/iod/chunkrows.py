@@ -128,6 +128,21 @@ class ChunkRows:
     def header(self, row: int, chunk_size: int) -> ChunkHeader:
         return self.row(row, chunk_size).header
 
+    def known(self, row: int, chunk_size: int) -> ChunkHeader | None:
+        """Return the row's header if it is in memory."""
+        cached = self._rows.get(row)
+        if cached is None or cached.header.chunk_size != chunk_size:
+            return None
+        return cached.header
+
+    def read_now(self, header: ChunkHeader, offset: int, length: int) -> bytes | None:
+        """Return the stored part of an aligned range, unverified, if it is in memory."""
+        stored = chunkplan.stored_length(header, offset, length, self.size)
+        if not stored:
+            return b""
+        start = chunk.data_start(header.row, header.chunk_size) + offset
+        return self._disk.pread_now(self.fd, stored, start)
+
     def forget(self, row: int) -> None:
         """Drop a header from memory, because what is on disk may be another."""
         self._rows.pop(row, None)

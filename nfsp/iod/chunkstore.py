@@ -184,6 +184,10 @@ class ChunkStore:
     ) -> None:
         self.close()
 
+    def exists(self, inode: int, column: int) -> bool:
+        """Return whether there is such a chunk file."""
+        return os.path.exists(self._tree.path(inode, column))
+
     # -- data
 
     def write(
@@ -238,6 +242,23 @@ class ChunkStore:
             start = chunk.data_start(row, chunk_size) + offset
             held = rows.file.acquire() if stored else None
             return ReadPlan(list(header.sums[first:last]), held, start, stored)
+
+    def read_now(
+        self, inode: int, column: int, row: int, offset: int, length: int, *, chunk_size: int
+    ) -> tuple[list[int], bytes] | None:
+        """Return what `read_verified` would, unverified, if memory holds it; None: ask again there.
+
+        Never waits, neither for a disk nor for a lock: for callers that must not be held up.
+        """
+        _check_aligned(row, offset, length, chunk_size)
+        first, last = offset // BLOCK_SIZE, (offset + length) // BLOCK_SIZE
+        with self._files.locked_now(inode, column) as file:
+            rows = file.rows if file is not None else None
+            header = rows.known(row, chunk_size) if rows is not None else None
+            if rows is None or header is None:
+                return None
+            data = rows.read_now(header, offset, length)
+            return None if data is None else (list(header.sums[first:last]), data)
 
     def read_verified(
         self, inode: int, column: int, row: int, offset: int, length: int, *, chunk_size: int

@@ -27,6 +27,11 @@ _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 _fallocate.restype = ctypes.c_int
 
+_sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+_sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+_sync_file_range.restype = ctypes.c_int
+_SYNC_FILE_RANGE_WRITE = 2
+
 
 class Disk:
     """The real system calls."""
@@ -55,6 +60,15 @@ class Disk:
             data += more
         return data
 
+    def pread_now(self, fd: int, length: int, offset: int) -> bytes | None:
+        """Return *length* bytes from the page cache; None if that would have to wait."""
+        data = bytearray(length)
+        try:
+            count = os.preadv(fd, [data], offset, os.RWF_NOWAIT)
+        except OSError:  # EAGAIN: not in memory; EOPNOTSUPP: the file system cannot tell
+            return None
+        return bytes(data) if count == length else None
+
     def ftruncate(self, fd: int, size: int) -> None:
         os.ftruncate(fd, size)
 
@@ -76,6 +90,10 @@ class Disk:
         except OSError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
+
+    def start_writeback(self, fd: int, offset: int, length: int) -> None:
+        """Let the kernel begin to write a range to the disk; a hint, so failure is no matter."""
+        _sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE)
 
     def fdatasync(self, fd: int) -> None:
         os.fdatasync(fd)

@@ -16,14 +16,14 @@ import os
 import secrets
 import struct
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import trio
 
 from common import codec, log, metrics
-from common.endpoint import listen, serve
+from common.endpoint import listen, parse_address, serve
 from common.errors import Code, KaError
 from common.metrics import counter
 from common.session import Identity
@@ -39,11 +39,15 @@ THREADS_MAX = 16
 """Enough to keep a disk busy; more only queue in the kernel."""
 SETTLE_INTERVAL_S = 5.0
 LIST_COUNT_MAX = 1000
+NOW_SIZE_MAX = 128 * 1024
+"""Up to here a thread costs more than the memory's work; beyond, sendfile is worth one."""
 
 _log = log.get("nfsp.iod")
 _bytes_read = counter("nfsp_iod_read_bytes_total", "Bytes of chunks sent to readers")
 _bytes_written = counter("nfsp_iod_written_bytes_total", "Bytes of chunks stored")
 _requests = counter("nfsp_iod_requests_total", "Requests served", "operation")
+_reads = _requests.labels(wire.Read.__name__)
+_writes = _requests.labels(wire.Write.__name__)
 _corrupt = counter("nfsp_iod_corrupt_total", "Reads refused because stored data are damaged")
 
 _T = TypeVar("_T")
@@ -58,11 +62,10 @@ class IodServer:
         self._iod = iod
         self._epoch = 0
         self._threads = trio.CapacityLimiter(THREADS_MAX)
+        self._turns: dict[tuple[int, int], trio.Lock] = {}
         self._started = time.time()
         self._log = _log.bind(iod=iod)
         self._handlers: dict[type, Callable[[Any, memoryview | None], Awaitable[Reply]]] = {
-            wire.Write: self._write,
-            wire.Read: self._read,
             wire.SyncChunks: self._sync,
             wire.Trim: self._trim,
             wire.Zero: self._zero,
@@ -81,14 +84,20 @@ class IodServer:
         message = wire.IOD.decode(body)
         if type(message) is wire.Fence:
             return self._fence(connection, message)
+        if type(message) is wire.Read:
+            return self._read_now(message) or self._read(message)
+        if type(message) is wire.Write:
+            return self._write_new(message, payload) or self._write(message, payload)
         handler = self._handlers.get(type(message))
         if handler is None:
             raise KaError(Code.PROTOCOL, f"{type(message).__name__} is not a request")
+        self._check_epoch(getattr(message, "epoch", self._epoch))
         _requests.labels(type(message).__name__).inc()
-        epoch = getattr(message, "epoch", self._epoch)
+        return handler(message, payload)
+
+    def _check_epoch(self, epoch: int) -> None:
         if epoch < self._epoch:
             raise KaError(Code.EPOCH_STALE, f"cluster map {epoch}, this iod knows {self._epoch}")
-        return handler(message, payload)
 
     async def settle_for_ever(self) -> None:
         """Write down, in quiet moments, what has become durable."""
@@ -102,6 +111,25 @@ class IodServer:
     async def _in_thread(self, call: Callable[..., _T], *args: object) -> _T:
         return await trio.to_thread.run_sync(call, *args, limiter=self._threads)
 
+    @asynccontextmanager
+    async def _turn(self, ino: int, column: int) -> AsyncIterator[None]:
+        """Let the writes of a chunk file pass one by one, as they came.
+
+        The store would hold them back too, but in threads, and in any order: a stream then no
+        longer looks like one.
+        """
+        key = (ino, column)
+        turn = self._turns.get(key)
+        if turn is None:
+            turn = self._turns[key] = trio.Lock()
+        try:
+            async with turn:
+                yield
+        finally:
+            statistics = turn.statistics()
+            if not statistics.locked and not statistics.tasks_waiting:
+                self._turns.pop(key, None)
+
     def _fence(self, connection: Connection, message: wire.Fence) -> Reply:
         if connection.role != "mds":
             raise KaError(Code.EPERM, "only an mds announces a cluster map")
@@ -110,25 +138,57 @@ class IodServer:
             self._epoch = message.epoch
         return _DONE
 
-    async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
+    def _write_new(self, m: wire.Write, payload: memoryview | None) -> Reply | None:
+        """Store a small file's first bytes here and now: a thread would cost more.
+
+        A file that does not exist is made and written in memory; there is nothing to be read, no
+        barrier to wait for, nobody to race with.
+        """
+        self._check_epoch(m.epoch)
         if payload is None or len(m.sums) % 8:
             raise KaError(Code.PROTOCOL, "a write without data or sums")
-        sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
-        data = payload
-
-        def store() -> None:
-            self._store.write(
-                m.ino, m.column, m.row, m.offset, [data], sums,
-                chunk_size=m.chunk_size, sync=m.sync,
-            )  # fmt: skip
-
-        await self._in_thread(store)
-        _bytes_written.inc(len(data))
+        _writes.inc()
+        key = (m.ino, m.column)
+        if len(payload) > NOW_SIZE_MAX or m.sync or key in self._turns:
+            return None
+        if self._store.exists(*key):
+            return None
+        self._store_payload(m, payload)
         return _DONE
 
-    async def _read(self, m: wire.Read, payload: memoryview | None) -> Reply:
+    async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
+        assert payload is not None
+        async with self._turn(m.ino, m.column):
+            await self._in_thread(self._store_payload, m, payload)
+        return _DONE
+
+    def _store_payload(self, m: wire.Write, payload: memoryview) -> None:
+        sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
+        self._store.write(
+            m.ino, m.column, m.row, m.offset, [payload], sums,
+            chunk_size=m.chunk_size, sync=m.sync,
+        )  # fmt: skip
+        _bytes_written.inc(len(payload))
+
+    def _read_now(self, m: wire.Read) -> Reply | None:
+        """Answer a small read from memory, here and now: a thread would cost more than the read."""
+        self._check_epoch(m.epoch)
         if not 0 < m.length <= CHUNK_SIZE_MAX:
             raise KaError(Code.EINVAL, "a read of no or too many bytes")
+        _reads.inc()
+        if m.verified or m.length > NOW_SIZE_MAX:
+            return None
+        found = self._store.read_now(
+            m.ino, m.column, m.row, m.offset, m.length, chunk_size=m.chunk_size
+        )
+        return None if found is None else self._data(*found)
+
+    def _data(self, sums: list[int], data: bytes) -> Reply:
+        _bytes_read.inc(len(data))
+        body = wire.IOD.encode(wire.ReadReply(struct.pack(f"<{len(sums)}Q", *sums)))
+        return Reply(body, data or None)
+
+    async def _read(self, m: wire.Read) -> Reply:
         if m.verified:
             return await self._read_verified(m)
 
@@ -159,8 +219,7 @@ class IodServer:
 
         with self._noting_damage(m):
             sums, data = await self._in_thread(read)
-        body = wire.IOD.encode(wire.ReadReply(struct.pack(f"<{len(sums)}Q", *sums)))
-        return Reply(body, data or None)
+        return self._data(sums, data)
 
     async def _sync(self, m: wire.SyncChunks, payload: memoryview | None) -> Reply:
         await self._in_thread(self._store.sync_many, _pairs(m.files))
@@ -267,6 +326,8 @@ async def run_iod(
     """Serve one iod until cancelled; `ready` is called when it can be reached."""
     identity = Identity(config.cluster.id, "iod", f"iod{iod.id}", secrets.token_bytes(16))
     sockets = listen(iod.address, iod.socket)
+    if iod.metrics:
+        metrics.serve_http(*parse_address(iod.metrics))
     store = await trio.to_thread.run_sync(
         lambda: ChunkStore(iod.data, reserve_bytes=iod.reserve)
     )

@@ -23,6 +23,7 @@ from common.errors import Code
 from nfsp import keys, wire
 from nfsp.mds import acl
 from nfsp.mds.queues import wait_trim
+from nfsp.mds.sessions import writer_record
 from nfsp.mds.view import (
     NOTHING,
     Context,
@@ -123,21 +124,21 @@ def create(view: View, m: wire.Create, context: Context) -> Outcome:
         writes[keys.xattr(ino, name)] = value
     enter(parent, m.name, ino, inode.mode >> 12, writes)
     after = changed(parent, context.now_ns, subdirectories=int(is_dir), cookies=1)
-    writes[keys.inode(parent.ino)] = after.encode()
+    writes[keys.inode(parent.ino)] = above = after.encode()
+    reply = wire.EntryReply(record, above)
     if m.open and inode.is_file:
         writes[keys.writer(context.session, ino)] = NOTHING
-        return Outcome(wire.InodeReply(record), writes, (Opened(ino, True),))
-    return Outcome(wire.InodeReply(record), writes)
+        return Outcome(reply, writes, (Opened(ino, True),))
+    return Outcome(reply, writes)
 
 
 def _open_existing(view: View, m: wire.Create, exists: Entry, context: Context) -> Outcome:
     wanted = m.open and not m.exclusive and exists.kind == stat.S_IFREG >> 12
     require(wanted and m.mode & _KIND_MASK == stat.S_IFREG, Code.EEXIST, "exists already")
     record = target_of(view, exists).encode()
-    writer = keys.writer(context.session, exists.ino)
-    writes: Writes = {} if view.get(writer) is not None else {writer: NOTHING}
+    writes = writer_record(view, context.session, exists.ino)
     opened = Opened(exists.ino, True)
-    return Outcome(wire.InodeReply(record), writes, (*wait_trim(view, exists.ino), opened))
+    return Outcome(wire.EntryReply(record, b""), writes, (*wait_trim(view, exists.ino), opened))
 
 
 def _new_inode(

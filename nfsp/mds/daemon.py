@@ -11,8 +11,8 @@ from pathlib import Path
 
 import trio
 
-from common import log
-from common.endpoint import listen, serve
+from common import log, metrics
+from common.endpoint import listen, parse_address, serve
 from common.errors import Code, KaError
 from common.session import Identity
 from common.transport import Connection
@@ -27,7 +27,7 @@ from nfsp.mds.server import MdsServer
 from nfsp.mds.upkeep import Upkeep
 from nfsp.model import ClusterMap, Layout, Superblock
 
-__all__ = ["mkfs", "run_mds"]
+__all__ = ["mkfs", "open_engine", "run_mds"]
 
 FORMAT = 1
 FENCE_TIMEOUT_S = 5.0
@@ -49,6 +49,11 @@ def _engine_config(mds: MdsConfig) -> LmdbConfig:
         checkpoint_entries=min(usual.checkpoint_entries, mds.cache_entries),
         overlay_entries_max=mds.cache_entries,
     )
+
+
+def open_engine(mds: MdsConfig) -> LmdbEngine:
+    """Open an mds's store; raises NOT_FORMATTED, EBUSY, ENGINE_DAMAGED."""
+    return LmdbEngine.open(Path(mds.data), _engine_config(mds))
 
 
 async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> Superblock:
@@ -79,7 +84,7 @@ async def run_mds(
     config: ClusterConfig, mds: MdsConfig, key: bytes, *, ready: Callable[[], None]
 ) -> None:
     """Serve one mds until cancelled; `ready` is called when it can be reached."""
-    engine = LmdbEngine.open(Path(mds.data), _engine_config(mds))
+    engine = open_engine(mds)
     try:
         record = engine.get(keys.SUPERBLOCK)
         if record is None:
@@ -130,6 +135,8 @@ async def _serve(
     upkeep = Upkeep(engine, lambda writes: server.apply(writes), iods)
     server = MdsServer(engine, upkeep, cluster_map, session_ttl_s=mds.session_ttl_s)
     sockets = listen(mds.address, mds.socket)
+    if mds.metrics:
+        metrics.serve_http(*parse_address(mds.metrics))
     try:
         async with trio.open_nursery() as nursery:
             await nursery.start(engine.run)

@@ -1,7 +1,7 @@
 """The metadata engine's interface: an ordered, transactional, fenced key-value store.
 
 Owns the contract between the metadata server and whatever keeps its records.  Implementations:
-lmdb_engine (embedded, the default) and memory_engine (the model that tests compare it with).
+lmdb_engine (embedded, the default); tests compare it with a dumb one in memory.
 
 Contract
   * `apply` is atomic: all of a batch or nothing, visible at once, numbered 1, 2, 3 ...

@@ -18,7 +18,6 @@ from common import codec
 from common.errors import Code, KaError
 from nfsp import keys, wire
 from nfsp.mds.view import (
-    DONE,
     Context,
     Entry,
     Outcome,
@@ -114,13 +113,10 @@ def link(view: View, m: wire.Link, context: Context) -> Outcome:
     require(inode.nlink < LINK_COUNT_MAX, Code.EMLINK, "too many links")
     now_ns = context.now_ns
     after = inode._replace(nlink=inode.nlink + 1, ctime_ns=now_ns, change=inode.change + 1)
-    record = after.encode()
-    writes: Writes = {
-        keys.inode(m.ino): record,
-        keys.inode(parent.ino): changed(parent, now_ns, cookies=1).encode(),
-    }
+    reply = wire.EntryReply(after.encode(), changed(parent, now_ns, cookies=1).encode())
+    writes: Writes = {keys.inode(m.ino): reply.inode, keys.inode(parent.ino): reply.directory}
     enter(parent, m.name, m.ino, inode.mode >> 12, writes)
-    return Outcome(wire.InodeReply(record), writes)
+    return Outcome(reply, writes)
 
 
 def unlink(view: View, m: wire.Unlink, context: Context) -> Outcome:
@@ -155,11 +151,11 @@ def _existing(
 
 
 def _remove(view: View, parent: Inode, name: bytes, found: Entry, context: Context) -> Outcome:
-    after = changed(parent, context.now_ns, subdirectories=-int(found.kind == _DT_DIR))
+    after = changed(parent, context.now_ns, subdirectories=-int(found.kind == _DT_DIR)).encode()
     writes: Writes = {
         keys.dentry(parent.ino, name): None,
         keys.cookie(parent.ino, found.cookie): None,
-        keys.inode(parent.ino): after.encode(),
+        keys.inode(parent.ino): after,
     }
     effects = forget(view, target_of(view, found), context, writes)
-    return Outcome(DONE, writes, effects)
+    return Outcome(wire.EntryReply(b"", after), writes, effects)

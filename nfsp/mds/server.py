@@ -18,7 +18,7 @@ Not here: what an operation does (`create`, `namespace`, `rename`, `attributes`,
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
@@ -194,6 +194,10 @@ class MdsServer:
         if type(message) is wire.Create and message.open:
             inode = Inode.decode(wire.MDS.decode(answer).inode)
             effects = (Opened(inode.ino, True),)
+            # A resumption in between did not name it, and so has closed it.
+            writes = sessions.writer_record(self._engine, session.session, inode.ino)
+            if writes:
+                self.apply(writes)
         elif type(message) is wire.SetAttr:
             effects = wait_trim(self._engine, message.ino)
         durable = session.durable or (type(message) is wire.Wrote and message.durable)
@@ -277,15 +281,22 @@ class MdsServer:
         session = self._table.sessions.get(m.session)
         if session is None:
             raise KaError(Code.SESSION_UNKNOWN, "this session has expired")
-        closed = self._table.resume(session, _opens(m.opens))
+        opens = _opens(m.opens)
+        writes, stale = sessions.reopen(self._engine, session.session, opens)
+        if writes:
+            self.apply(writes)
+        closed = self._table.resume(session, [item for item in opens if item[0] not in stale])
         session.seen_at = trio.current_time()
         self._bind(connection, session)
         for ino in closed:
             self._forget_open(session, ino)
         if self._table.complete:
             self._sweep()
-        _log.info("session.resumed", session=m.session, host=session.host, opens=len(m.opens))
-        return self._welcome(session)
+        _log.info(
+            "session.resumed", session=m.session, host=session.host, opens=len(opens),
+            stale=len(stale),
+        )  # fmt: skip
+        return self._welcome(session, stale)
 
     def _bind(self, connection: Connection, session: ClientSession) -> None:
         """Let a connection, and no other, speak for a session."""
@@ -313,20 +324,31 @@ class MdsServer:
         _log.info("session.closed", session=session.session, host=session.host)
         return _DONE
 
-    def _welcome(self, session: ClientSession) -> Reply:
+    def _welcome(self, session: ClientSession, stale: Sequence[int] = ()) -> Reply:
         reply = wire.SessionReply(
             session.session,
             int(self._ttl_s * 1000),
             self._superblock,
             self._cluster_map.encode(),
+            list(stale),
         )
         return Reply(wire.MDS.encode(reply))
 
     async def reap(self) -> None:
-        """End sessions that have been silent for too long, for ever."""
+        """End sessions that have been silent for too long, for ever.
+
+        While this process does not run (stopped, or on a suspended machine) nobody can be heard:
+        that time is not held against the sessions.
+        """
+        interval_s = self._ttl_s / 4
         while True:
-            await trio.sleep(self._ttl_s / 4)
+            due = trio.current_time() + interval_s
+            await trio.sleep_until(due)
             now = trio.current_time()
+            if now - due > interval_s:
+                _log.warning("reaper.late", late_s=round(now - due, 3))
+                for session in self._table.sessions.values():
+                    session.seen_at = min(now, session.seen_at + now - due)
             for session in list(self._table.sessions.values()):
                 if now - session.seen_at > self._ttl_s:
                     _expired.inc()

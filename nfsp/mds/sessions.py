@@ -26,7 +26,7 @@ from typing import NamedTuple
 from common import codec
 from common.errors import Code, KaError
 from nfsp import keys, wire
-from nfsp.mds.queues import trim, wait_trim
+from nfsp.mds.queues import pending_trim, trim, wait_trim
 from nfsp.mds.view import (
     DONE,
     NOTHING,
@@ -44,7 +44,7 @@ from nfsp.mds.view import (
 from nfsp.model import FILE_SIZE_MAX, Inode
 
 __all__ = ["Step", "answered", "close_inode", "expire_session", "open_inode", "replay"]
-__all__ += ["sweep_orphans", "sweep_tails", "writers"]
+__all__ += ["reopen", "sweep_orphans", "sweep_tails", "writer_record", "writers"]
 
 SLOT_MAX = (1 << 16) - 1
 
@@ -89,9 +89,35 @@ def open_inode(view: View, m: wire.Open, context: Context) -> Outcome:
     inode = Inode.decode(record)
     require(not inode.is_dir, Code.EISDIR, "is a directory")
     require(inode.is_file, Code.EINVAL, "not a regular file")
-    writer = keys.writer(context.session, m.ino)
-    writes: Writes = {} if view.get(writer) is not None else {writer: NOTHING}
+    writes = writer_record(view, context.session, m.ino)
     return Outcome(wire.InodeReply(record), writes, (*wait_trim(view, m.ino), opened))
+
+
+def writer_record(view: View, session: int, ino: int) -> Writes:
+    """Return what puts it on record that a session has an inode open for writing."""
+    writer = keys.writer(session, ino)
+    return {} if view.get(writer) is not None else {writer: NOTHING}
+
+
+def reopen(
+    view: View, session: int, opens: list[tuple[int, int, bool]]
+) -> tuple[Writes, list[int]]:
+    """Return what puts a client's opens on record, and the inodes it must not use any more.
+
+    There is nothing to do for a session that has lived on.  One that follows a session that ran
+    out may find a file gone, or its tail about to be trimmed: new bytes could be cut with it.
+    """
+    writes: Writes = {}
+    stale = []
+    for ino, _count, writable in opens:
+        if ino <= 0 or view.get(keys.inode(ino)) is None:
+            stale.append(ino)
+        elif writable and (record := writer_record(view, session, ino)):
+            if pending_trim(view, ino) is not None:
+                stale.append(ino)
+            else:
+                writes.update(record)
+    return writes, stale
 
 
 def close_inode(view: View, m: wire.Close, context: Context) -> Outcome:

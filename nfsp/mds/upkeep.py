@@ -54,7 +54,23 @@ class Upkeep:
         self._wake.set()
 
     async def run(self) -> None:
-        """Work the queues off, for ever."""
+        """Announce the cluster map to all iods and work the queues off, for ever."""
+        async with trio.open_nursery() as nursery:
+            for iod in self._iods.iods:
+                nursery.start_soon(self._greet, iod)
+            await self._work()
+
+    async def _greet(self, iod: int) -> None:
+        """Connect to an iod: with the connection it learns the map's epoch."""
+        while True:
+            try:
+                await self._iods.request(iod, wire.IodStatFs(), wire.IodStatFsReply)
+                return
+            except KaError as error:
+                _log.warning("iod.missing", iod=iod, reason=str(error))
+                await trio.sleep(RETRY_S)
+
+    async def _work(self) -> None:
         while True:
             self._wake = trio.Event()
             try:

@@ -325,6 +325,23 @@ def test_full_disk_leaves_the_old_content_and_works_again_when_there_is_room(
         assert store.verify(*KEY) == []
 
 
+def test_block_with_holes_cannot_be_half_overwritten_on_a_full_disk(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with _small_disk(disk, "1m"), opened(disk / "store") as store:
+        _write(store, 0, 0, b"first")
+        _write(store, 0, BLOCK_SIZE - 4, b"last")
+        before = content(store, KEY)
+        with _refused(Code.ENOSPC):
+            for inode in range(6, 1000):
+                apply_to_store(store, Op("write", (inode, 0), length=1, fill=1))
+        with _refused(Code.ENOSPC):
+            _write(store, 0, 0, b"new" * 10000)
+        assert content(store, KEY) == before
+        for inode in range(6, 20):
+            store.remove(inode, 0)
+        _write(store, 0, 0, b"new" * 10000)
+
+
 def test_threads_writing_different_ranges_of_a_chunk_lose_nothing(tmp_path: Path) -> None:
     failures: list[BaseException] = []
 

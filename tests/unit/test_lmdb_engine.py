@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
 import shutil
 import tempfile
@@ -19,9 +21,11 @@ from nfsp.mds.engine import KEY_END, Batch
 from nfsp.mds.lmdb_config import LmdbConfig
 from nfsp.mds.lmdb_engine import LmdbEngine
 from nfsp.mds.lmdb_store import LmdbStore
-from nfsp.mds.memory_engine import MemoryEngine
 from tests.support.engines import SMALL, content, created, fill, opened, refused
+from tests.support.memory_engine import MemoryEngine
 
+TINY = dataclasses.replace(SMALL, checkpoint_entries=4, overlay_entries_max=8)
+"""Overlays so small that both segments are in use most of the time."""
 SECTOR_SIZE = 512
 JOURNALS = ("journal.0", "journal.1")
 
@@ -42,34 +46,45 @@ class EngineAgainstModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.root = Path(tempfile.mkdtemp(prefix="engine-"))
+        # In memory where that is possible: what a sync would make durable is modelled here.
+        shared_memory = Path("/dev/shm")
+        parent = shared_memory if shared_memory.is_dir() else None
+        self.root = Path(tempfile.mkdtemp(prefix="ka-engine-", dir=parent))
         self.copies = 0
         self.directory = self.root / "0"
-        self.engine = LmdbEngine.create(self.directory, SMALL)
+        self.engine = LmdbEngine.create(self.directory, TINY)
         self.model = MemoryEngine()
         self.history: list[Batch] = []
         self.durable = 0
-        self.on_disk = self.read_journals()
+        self.on_disk = {name: (self.directory / name).read_bytes() for name in JOURNALS}
+        self.fdatasync = os.fdatasync
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(os, "fdatasync", self.observe_sync)
 
     def teardown(self) -> None:
+        self.patch.undo()
         self.engine.close()
         shutil.rmtree(self.root)
 
-    def read_journals(self) -> dict[str, bytes]:
-        return {name: (self.directory / name).read_bytes() for name in JOURNALS}
+    def observe_sync(self, descriptor: int) -> None:
+        """Sync, and remember what is now safe from a loss of power."""
+        self.fdatasync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        self.on_disk[path.name] = path.read_bytes()
 
-    @rule(batch=batches)
-    def apply(self, batch: Batch) -> None:
-        try:
-            sequence = self.engine.apply(batch, epoch=1)
-        except KaError as error:
-            if error.code is not Code.BUSY:
-                raise
-            self.checkpoint()
-            trio.run(self.engine.wait_room)
-            sequence = self.engine.apply(batch, epoch=1)
-        self.history.append(batch)
-        assert sequence == self.model.apply(batch, epoch=1) == len(self.history)
+    @rule(several=st.lists(batches, min_size=1, max_size=6))
+    def apply(self, several: list[Batch]) -> None:
+        for batch in several:
+            try:
+                sequence = self.engine.apply(batch, epoch=1)
+            except KaError as error:
+                if error.code is not Code.BUSY:
+                    raise
+                self.checkpoint()
+                trio.run(self.engine.wait_room)
+                sequence = self.engine.apply(batch, epoch=1)
+            self.history.append(batch)
+            assert sequence == self.model.apply(batch, epoch=1) == len(self.history)
 
     @rule(key=keys)
     def get(self, key: bytes) -> None:
@@ -92,7 +107,6 @@ class EngineAgainstModel(RuleBasedStateMachine):
     def wait_durable(self) -> None:
         trio.run(self.engine.wait_durable, len(self.history))
         self.durable = len(self.history)
-        self.on_disk = self.read_journals()
 
     @rule()
     def snapshot(self) -> None:
@@ -134,7 +148,7 @@ class EngineAgainstModel(RuleBasedStateMachine):
         self.directory = following
 
     def reopen(self) -> None:
-        self.engine = LmdbEngine.open(self.directory, SMALL)
+        self.engine = LmdbEngine.open(self.directory, TINY)
         survived = self.engine.statistics().last_sequence
         assert self.durable <= survived <= len(self.history)
         if survived < len(self.history):
@@ -143,7 +157,6 @@ class EngineAgainstModel(RuleBasedStateMachine):
             for batch in self.history:
                 self.model.apply(batch, epoch=1)
         self.durable = survived
-        self.on_disk = self.read_journals()
 
     @invariant()
     def content_equals_the_model(self) -> None:

@@ -27,6 +27,13 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+def flip(path: Path, content: bytes) -> None:
+    """Change a bit of *content* wherever it stands in a file."""
+    data = path.read_bytes()
+    assert content in data
+    path.write_bytes(data.replace(content, bytes([content[0] ^ 1]) + content[1:]))
+
+
 def crash_copy(directory: Path, target: Path) -> Path:
     """Return a copy of what a killed process leaves behind."""
     shutil.copytree(directory, target)
@@ -55,6 +62,25 @@ async def test_failed_sync_is_final(directory: Path, monkeypatch: pytest.MonkeyP
             await engine.checkpoint()
 
 
+async def test_sync_covers_the_retired_segment_before_the_active_one(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fdatasync = os.fdatasync
+
+    def observe(descriptor: int) -> None:
+        fdatasync(descriptor)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    with created(directory) as engine:
+        fill(engine, SMALL.overlay_entries_max + 1)
+        monkeypatch.setattr(os, "fdatasync", observe)
+        await engine.wait_durable(engine.apply({b"k": b"v"}, epoch=0))
+        assert synced == ["journal.0", "journal.1"]
+        await engine.wait_durable(engine.apply({b"k": b"w"}, epoch=0))
+        assert synced == ["journal.0", "journal.1", "journal.1"]
+
+
 def test_wrapped_journal_replays_both_segments(directory: Path, tmp_path: Path) -> None:
     with created(directory) as engine:
         for turn in range(5):
@@ -74,9 +100,7 @@ def test_torn_end_is_dropped_and_appending_goes_on(directory: Path) -> None:
     with created(directory) as engine:
         engine.apply({b"a": b"1"}, epoch=0)
         engine.apply({b"b": b"2"}, epoch=0)
-    data = bytearray((directory / "journal.0").read_bytes())
-    data[data.rindex(b"b2")] ^= 1
-    (directory / "journal.0").write_bytes(data)
+    flip(directory / "journal.0", b"b2")
     with opened(directory) as engine:
         assert content(engine) == [(b"a", b"1")]
         assert engine.apply({b"c": b"3"}, epoch=0) == 2
@@ -84,12 +108,37 @@ def test_torn_end_is_dropped_and_appending_goes_on(directory: Path) -> None:
         assert content(engine) == [(b"a", b"1"), (b"c", b"3")]
 
 
+def test_record_behind_a_torn_one_never_comes_back(directory: Path) -> None:
+    """Its predecessor's place is filled by a record of the same size before the next crash."""
+    with created(directory) as engine:
+        for key in (b"a", b"b", b"c"):
+            engine.apply({key: b"1"}, epoch=0)
+    flip(directory / "journal.0", b"b1")
+    with opened(directory) as engine:
+        assert content(engine) == [(b"a", b"1")]
+        engine.apply({b"x": b"1"}, epoch=0)
+    with opened(directory) as engine:
+        assert content(engine) == [(b"a", b"1"), (b"x", b"1")]
+
+
+def test_segment_behind_a_torn_one_never_comes_back(directory: Path) -> None:
+    """The torn record's number is given again, so that the later segment would fit."""
+    with created(directory) as engine:
+        fill(engine, SMALL.overlay_entries_max)
+        engine.apply({b"later": b"1"}, epoch=0)
+    flip(directory / "journal.0", b"00000023v")
+    with opened(directory) as engine:
+        assert len(content(engine)) == SMALL.overlay_entries_max - 1
+        engine.apply({b"x": b"1"}, epoch=0)
+    with opened(directory) as engine:
+        assert len(content(engine)) == SMALL.overlay_entries_max
+        assert engine.get(b"later") is None
+
+
 def test_lost_record_that_was_durable_is_damage(directory: Path) -> None:
     with created(directory) as engine:
         trio.run(engine.wait_durable, engine.apply({b"a": b"1"}, epoch=0))
-    data = bytearray((directory / "journal.0").read_bytes())
-    data[data.rindex(b"a1")] ^= 1
-    (directory / "journal.0").write_bytes(data)
+    flip(directory / "journal.0", b"a1")
     for _ in range(2):
         with refused(Code.ENGINE_DAMAGED):
             LmdbEngine.open(directory, SMALL)
@@ -107,12 +156,7 @@ def test_flipped_bit_in_a_stored_value_is_reported_never_returned(directory: Pat
     with created(directory) as engine:
         engine.apply({b"key": b"precious", b"other": b"fine"}, epoch=0)
         trio.run(engine.checkpoint)
-    data = bytearray((directory / "data.mdb").read_bytes())
-    place = data.find(b"precious")
-    while place >= 0:
-        data[place] ^= 1
-        place = data.find(b"precious")
-    (directory / "data.mdb").write_bytes(data)
+    flip(directory / "data.mdb", b"precious")
     with opened(directory) as engine:
         with refused(Code.ENGINE_DAMAGED):
             engine.get(b"key")

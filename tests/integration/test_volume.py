@@ -1,0 +1,549 @@
+"""`Volume` against real daemons over real sockets: data, names, sessions, and daemons that end.
+
+No FUSE.  Daemons are killed and started again; a proxy loses answers and falls silent.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import signal
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import trio
+
+from common.errors import Code, KaError
+from common.link import Link
+from common.session import Identity
+from nfsp import wire
+from nfsp.client.files import Handle
+from nfsp.client.volume import Volume
+from nfsp.model import ROOT, Inode
+from tests.conftest import TOKEN
+from tests.support.proxy import Proxy, in_front_of_mds
+from tests.support.running import CHUNK_SIZE, Cluster, wait_until
+
+TTL_S = 1.5
+"""Of sessions in the cluster whose sessions are left to run out."""
+
+_T = TypeVar("_T")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix=f"ka-{TOKEN}-") as name:
+        made = Cluster(Path(name) / "c", timeout_s=20)
+        made.start()
+        yield made
+        made.start()
+        report = made.fsck(verify=True)
+        made.stop()
+        assert not report.results
+
+
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[Cluster]:
+    """A cluster whose sessions end soon."""
+    with tempfile.TemporaryDirectory(prefix=f"ka-{TOKEN}-") as name:
+        made = Cluster(Path(name) / "c", iods=1, session_ttl_s=TTL_S, timeout_s=20)
+        made.start()
+        yield made
+        report = made.fsck(verify=True)
+        made.stop()
+        assert not report.results
+
+
+async def threaded(call: Callable[..., _T], *arguments: object) -> _T:
+    return await trio.to_thread.run_sync(lambda: call(*arguments))
+
+
+async def until(condition: Callable[[], object], what: str) -> None:
+    await threaded(wait_until, condition, what)
+
+
+@asynccontextmanager
+async def opened(cluster: Cluster) -> AsyncIterator[Volume]:
+    async with Volume.open(cluster.config, cluster.key) as volume:
+        yield volume
+
+
+@asynccontextmanager
+async def through_proxy(cluster: Cluster) -> AsyncIterator[tuple[Proxy, Volume]]:
+    async with (
+        in_front_of_mds(cluster.config) as (proxy, config),
+        Volume.open(config, cluster.key) as volume,
+    ):
+        yield proxy, volume
+
+
+def fresh() -> bytes:
+    return secrets.token_hex(8).encode()
+
+
+async def make(volume: Volume, name: bytes, data: bytes = b"") -> tuple[Handle, Inode]:
+    handle, inode = await volume.create_file(
+        ROOT, name, stat.S_IFREG | 0o644, uid=0, gid=0, exclusive=True
+    )
+    if data:
+        await volume.write(handle, 0, data)
+    return handle, inode
+
+
+async def content(volume: Volume, name: bytes) -> bytes:
+    inode = await volume.lookup(ROOT, name)
+    handle, inode, _ = await volume.open_file(inode.ino, writable=False)
+    try:
+        return bytes(await volume.read(handle, 0, inode.size + 1))
+    finally:
+        await volume.release(handle)
+
+
+def stored(cluster: Cluster, ino: int) -> list[Path]:
+    """The chunk files of an inode on all iods."""
+    return [
+        path
+        for name in cluster.names[:-1]
+        for path in cluster.chunk_files(name)
+        if path.name.startswith(f"{ino:x}.")
+    ]
+
+
+# ---------------------------------------------------------------- data
+
+
+async def test_a_files_chunks_lie_on_all_iods(cluster: Cluster) -> None:
+    data = random.Random(1).randbytes(6 * CHUNK_SIZE)
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, fresh(), data)
+        await volume.fsync(handle)
+        await volume.release(handle)
+    for name in cluster.names[:-1]:
+        mine = [p for p in cluster.chunk_files(name) if p.name.startswith(f"{inode.ino:x}.")]
+        assert len(mine) == 1
+        assert mine[0].stat().st_size == 2 * (4096 + CHUNK_SIZE)
+
+
+async def test_holes_read_as_zeros_and_store_nothing(cluster: Cluster) -> None:
+    name, at = fresh(), 5 << 32
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name)
+        await volume.write(handle, at, b"end")
+        assert await volume.read(handle, at - 5, 100) == bytes(5) + b"end"
+        assert await volume.read(handle, 1 << 32, 1000) == bytes(1000)
+        await volume.fsync(handle)
+        await volume.release(handle)
+        assert (await volume.lookup(ROOT, name)).size == at + 3
+    assert sum(path.stat().st_blocks * 512 for path in stored(cluster, inode.ino)) < 1 << 20
+
+
+@pytest.mark.parametrize("cut", [0, 1, 4096, 32768, 65535, 65536, 200_000, 393_215])
+async def test_what_a_truncation_cuts_never_comes_back(cluster: Cluster, cut: int) -> None:
+    data, name = random.Random(cut).randbytes(6 * CHUNK_SIZE), fresh()
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name, data)
+        await volume.setattr(inode.ino, wire.SET_SIZE, size=cut)
+        assert await volume.read(handle, 0, 1 << 20) == data[:cut]
+        await volume.setattr(inode.ino, wire.SET_SIZE, size=len(data))
+        expected = data[:cut] + bytes(len(data) - cut)
+        assert await volume.read(handle, 0, 1 << 20) == expected
+        await volume.write(handle, len(data) + 10, b"x")
+        await volume.release(handle)
+        assert await content(volume, name) == expected + bytes(10) + b"x"
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_overlapping_writes_take_effect_in_their_order(cluster: Cluster, seed: int) -> None:
+    rng, name = random.Random(seed), fresh()
+    model = bytearray()
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name)
+        for _ in range(150):
+            at, size = rng.randrange(5 * CHUNK_SIZE), rng.choice([1, 700, 4096, 50_000, 90_000])
+            data = rng.randbytes(size)
+            model.extend(bytes(max(0, at + size - len(model))))
+            model[at : at + size] = data
+            await volume.write(handle, at, data)
+            if rng.random() < 0.15:
+                at = rng.randrange(len(model))
+                assert await volume.read(handle, at, 80_000) == model[at : at + 80_000]
+            if rng.random() < 0.05:
+                size = rng.randrange(len(model))
+                del model[size:]
+                await volume.setattr(inode.ino, wire.SET_SIZE, size=size)
+        await volume.release(handle)
+        assert await content(volume, name) == model
+
+
+async def test_closing_here_shows_there(cluster: Cluster) -> None:
+    name = fresh()
+    async with opened(cluster) as one, opened(cluster) as two:
+        handle, _ = await make(one, name, b"first")
+        await one.flush(handle)
+        assert await content(two, name) == b"first"
+        await one.write(handle, 5, b" second")
+        await one.flush(handle)
+        await one.release(handle)
+        assert await content(two, name) == b"first second"
+        other, inode, _ = await two.open_file(
+            (await two.lookup(ROOT, name)).ino, writable=True
+        )
+        await two.write(other, inode.size, b" third")  # as O_APPEND does
+        await two.flush(other)
+        assert await content(one, name) == b"first second third"
+        await two.release(other)
+
+
+async def test_pages_of_an_unchanged_file_may_be_kept(cluster: Cluster) -> None:
+    name = fresh()
+    async with opened(cluster) as one, opened(cluster) as two:
+        handle, inode = await make(one, name, b"data")
+        await one.release(handle)
+
+        async def unchanged() -> bool:
+            handle, _, kept = await one.open_file(inode.ino, writable=False)
+            await one.release(handle)
+            return kept
+
+        await unchanged()
+        assert await unchanged()
+        other, _, _ = await two.open_file(inode.ino, writable=True)
+        await two.write(other, 0, b"DATA")
+        await two.release(other)
+        assert not await unchanged()
+
+
+async def test_statfs_sums_the_iods_and_counts_inodes(cluster: Cluster) -> None:
+    async with opened(cluster) as volume:
+        usage = await volume.statfs()
+        assert usage.total > 0
+        assert 0 < usage.available <= usage.free <= usage.total
+        await threaded(cluster.kill, "iod2")
+        assert (await volume.statfs()).total > 0
+        await threaded(cluster.start)
+
+
+# ---------------------------------------------------------------- open and unlinked
+
+
+async def test_an_unlinked_file_lives_until_its_last_close(cluster: Cluster) -> None:
+    name, data = fresh(), random.Random(2).randbytes(4 * CHUNK_SIZE)
+    async with opened(cluster) as one, opened(cluster) as two:
+        mine, inode = await make(one, name, data)
+        await one.flush(mine)
+        yours, _, _ = await two.open_file(inode.ino, writable=False)
+        await one.unlink(ROOT, name)
+        await one.release(mine)
+        await one.sync()
+        assert await two.read(yours, 0, 1 << 20) == data
+        assert (await two.getattr(inode.ino)).nlink == 0
+        assert stored(cluster, inode.ino)
+        await two.release(yours)
+        await until(lambda: not stored(cluster, inode.ino), "the chunks are purged")
+        with pytest.raises(KaError) as caught:
+            await two.getattr(inode.ino)
+        assert caught.value.code is Code.ESTALE
+
+
+async def test_an_unlinked_open_file_survives_a_restart_of_the_mds(cluster: Cluster) -> None:
+    name, data = fresh(), random.Random(3).randbytes(4 * CHUNK_SIZE)
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name, data)
+        await volume.unlink(ROOT, name)
+        await threaded(cluster.restart, "mds0")
+        assert (await volume.getattr(inode.ino)).nlink == 0
+        await volume.write(handle, len(data), b"more")
+        await volume.fsync(handle)
+        assert await volume.read(handle, 0, 1 << 20) == data + b"more"
+        await volume.release(handle)
+        await until(lambda: not stored(cluster, inode.ino), "the chunks are purged")
+
+
+# ---------------------------------------------------------------- daemons that end
+
+
+@pytest.mark.parametrize("victim", ["iod1", "mds0"])
+async def test_killing_a_daemon_under_writes_loses_nothing(cluster: Cluster, victim: str) -> None:
+    names = [fresh() for _ in range(4)]
+    data = {name: random.Random(name).randbytes(30 * CHUNK_SIZE + 17) for name in names}
+
+    async def write(volume: Volume, name: bytes) -> None:
+        handle, _ = await make(volume, name)
+        for at in range(0, len(data[name]), 10_000):
+            await volume.write(handle, at, data[name][at : at + 10_000])
+            if at % 100_000 == 0:
+                await volume.fsync(handle)
+        await volume.fsync(handle)
+        await volume.release(handle)
+
+    async with opened(cluster) as volume:
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                nursery.start_soon(write, volume, name)
+            for _ in range(3):
+                await threaded(cluster.restart, victim)
+        for name in names:
+            assert await content(volume, name) == data[name]
+
+
+async def test_an_unlink_needs_no_iod_and_is_finished_when_it_is_back(cluster: Cluster) -> None:
+    name = fresh()
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name, bytes(range(256)) * 1024)
+        await volume.release(handle)
+        await threaded(cluster.kill, "iod1", "iod2", "iod3")
+        with trio.fail_after(5):
+            await volume.unlink(ROOT, name)
+        await threaded(cluster.restart, "mds0")  # the queue is on record
+        await threaded(cluster.start)
+        await until(lambda: not stored(cluster, inode.ino), "the chunks are purged")
+
+
+@pytest.mark.parametrize("restart", [False, True])
+async def test_a_truncation_waits_for_an_iod_that_is_down(cluster: Cluster, restart: bool) -> None:
+    name, data = fresh(), random.Random(4).randbytes(6 * CHUNK_SIZE)
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, name, data)
+        await volume.fsync(handle)
+        await threaded(cluster.kill, "iod2")
+        async with trio.open_nursery() as nursery:
+            cut = CHUNK_SIZE + 100
+
+            async def truncate() -> None:
+                await volume.setattr(inode.ino, wire.SET_SIZE, size=cut)
+
+            nursery.start_soon(truncate)
+            async with opened(cluster) as other:  # the size changes at once, for everybody
+                while (await other.getattr(inode.ino)).size != cut:  # noqa: ASYNC110
+                    await trio.sleep(0.02)
+            if restart:
+                await threaded(cluster.restart, "mds0")
+            await threaded(cluster.start)
+        await volume.setattr(inode.ino, wire.SET_SIZE, size=len(data))
+        await volume.release(handle)
+        assert await content(volume, name) == data[:cut] + bytes(len(data) - cut)
+
+
+async def test_a_missing_iod_is_an_error_when_patience_is_over(cluster: Cluster) -> None:
+    mount = replace(cluster.config.mount, timeout_s=1.0)
+    async with Volume.open(cluster.config, cluster.key, mount=mount) as volume:
+        handle, inode = await make(volume, fresh())
+        await threaded(cluster.kill, "iod1", "iod2", "iod3")
+        with trio.fail_after(10):
+            await volume.write(handle, 0, b"lost")
+            with pytest.raises(KaError) as caught:
+                await volume.fsync(handle)
+            assert caught.value.code.errno == Code.EIO.errno
+            reader, _, _ = await volume.open_file(inode.ino, writable=False)
+        await threaded(cluster.start)
+        await volume.write(handle, 0, b"kept")
+        await volume.fsync(handle)
+        assert await volume.read(reader, 0, 10) == b"kept"
+        await volume.release(reader)
+        await volume.release(handle)
+
+
+# ---------------------------------------------------------------- exactly once
+
+
+async def test_a_mutation_whose_answer_is_lost_is_not_repeated(cluster: Cluster) -> None:
+    names = [fresh() for _ in range(4)]
+    async with through_proxy(cluster) as (proxy, volume):
+        proxy.lose_answers = True
+        handle, inode = await make(volume, names[0], b"data")
+        proxy.lose_answers = True
+        await volume.flush(handle)
+        await volume.release(handle)
+        proxy.lose_answers = True
+        after = await volume.link(inode.ino, ROOT, names[1])
+        assert after.nlink == 2
+        proxy.lose_answers = True
+        await volume.rename(ROOT, names[1], ROOT, names[2])
+        proxy.lose_answers = True
+        await volume.unlink(ROOT, names[2])
+        proxy.lose_answers = True
+        await volume.create(ROOT, names[3], stat.S_IFDIR | 0o755, uid=0, gid=0)
+        proxy.lose_answers = True
+        await volume.setxattr(inode.ino, b"user.x", b"1", 1)  # XATTR_CREATE
+        proxy.lose_answers = True
+        await volume.removexattr(inode.ino, b"user.x")
+        proxy.lose_answers = True
+        await volume.rmdir(ROOT, names[3])
+        assert proxy.lost_count == 9
+        final = await volume.getattr(inode.ino)
+        assert (final.nlink, final.size) == (1, 4)
+
+
+async def test_answers_are_remembered_over_a_restart_of_the_mds(cluster: Cluster) -> None:
+    name = fresh()
+    async with through_proxy(cluster) as (proxy, volume):
+        proxy.lose_answers = True
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: volume.create(ROOT, name, stat.S_IFDIR | 0o755, uid=0, gid=0)
+            )
+            await proxy.lost.wait()
+            await threaded(cluster.restart, "mds0")
+        await volume.rmdir(ROOT, name)
+
+
+# ---------------------------------------------------------------- sessions that end
+
+
+async def die_with_open_file(cluster: Cluster, name: bytes) -> int:
+    """Be a client that opens a file, unlinks it and vanishes."""
+    identity = Identity(cluster.config.cluster.id, "client", "", secrets.token_bytes(16))
+    mds = cluster.config.mds[0]
+    link = Link("mds0", mds.address, mds.socket, identity=identity, key=cluster.key, patience_s=5)
+    async with trio.open_nursery() as nursery:
+        await nursery.start(link.run)
+
+        async def ask(message: object) -> object:
+            return wire.MDS.decode((await link.call(wire.MDS.encode(message)))[0])
+
+        await ask(wire.SessionOpen("here", 1, "", False, 64))
+        found = await ask(wire.Lookup(ROOT, name))
+        assert isinstance(found, wire.InodeReply)
+        inode = Inode.decode(found.inode)
+        await ask(wire.Open(inode.ino, True))
+        await ask(wire.Unlink(0, 1, ROOT, name))
+        nursery.cancel_scope.cancel()
+    return inode.ino
+
+
+async def test_what_a_dead_client_had_open_is_purged_when_its_session_ends(hasty: Cluster) -> None:
+    name = fresh()
+    async with opened(hasty) as volume:
+        handle, inode = await make(volume, name, b"data" * 10_000)
+        await volume.release(handle)
+        assert await die_with_open_file(hasty, name) == inode.ino
+        assert stored(hasty, inode.ino)
+        await until(lambda: not stored(hasty, inode.ino), "the chunks are purged")
+
+
+@asynccontextmanager
+async def cut_off(
+    hasty: Cluster,
+) -> AsyncIterator[tuple[Volume, Callable[[bool], Awaitable[None]]]]:
+    """A volume, and a call that lets its session run out, for good if asked to."""
+    async with through_proxy(hasty) as (proxy, volume):
+
+        async def lose_session(for_good: bool) -> None:
+            proxy.silence()
+            await until(lambda: hasty.sessions() == 0, "the session has run out")
+            if not for_good:
+                proxy.speak()
+
+        yield volume, lose_session
+
+
+async def test_a_lost_session_costs_unreported_data_an_error_and_nothing_more(
+    hasty: Cluster,
+) -> None:
+    name, other = fresh(), fresh()
+    async with cut_off(hasty) as (volume, lose_session):
+        for _ in range(5):
+            await volume.setxattr(ROOT, b"user.x", b"1")
+        handle, inode = await make(volume, name, b"reported")
+        await volume.flush(handle)
+        await volume.write(handle, 0, b"too late")
+        await lose_session(False)
+        with pytest.raises(KaError):
+            await volume.flush(handle)
+        await volume.write(handle, 8, b", later")
+        await volume.flush(handle)
+        await volume.release(handle)
+        for index in range(200):  # every slot is usable
+            await volume.setxattr(ROOT, b"user.x", b"%d" % index)
+        await volume.removexattr(ROOT, b"user.x")
+        handle, _ = await make(volume, other)
+        await volume.release(handle)
+        assert (await volume.getattr(inode.ino)).size == 15
+
+
+async def test_mutations_under_way_when_the_session_ends_do_not_spoil_their_slots(
+    hasty: Cluster,
+) -> None:
+    async with cut_off(hasty) as (volume, lose_session):
+        for index in range(300):
+            await volume.setxattr(ROOT, b"user.x", b"%d" % index)
+        async with trio.open_nursery() as nursery:
+            for index in range(20):
+                nursery.start_soon(volume.setxattr, ROOT, b"user.y%d" % index, b"1")
+            await lose_session(False)
+        for index in range(300):
+            await volume.setxattr(ROOT, b"user.x", b"%d" % index)
+        for name in await volume.listxattr(ROOT):
+            await volume.removexattr(ROOT, name)
+
+
+async def test_a_file_purged_with_a_lost_session_is_stale_and_not_empty(hasty: Cluster) -> None:
+    name, data = fresh(), b"data" * 10_000
+    async with cut_off(hasty) as (volume, lose_session):
+        handle, inode = await make(volume, name, data)
+        await volume.flush(handle)
+        await volume.unlink(ROOT, name)
+        await lose_session(False)
+        await until(lambda: not stored(hasty, inode.ino), "the chunks are purged")
+        await volume.sync()
+        for _ in range(2):
+            with pytest.raises(KaError) as caught:
+                await volume.read(handle, 0, 100)
+            assert caught.value.code is Code.ESTALE
+        await volume.release(handle)
+
+
+async def test_a_writer_with_a_new_session_is_on_record_again(hasty: Cluster) -> None:
+    """Its unreported chunks must go when it dies: no later growth may uncover them."""
+    name = fresh()
+    async with cut_off(hasty) as (volume, lose_session):
+        handle, inode = await make(volume, name, b"short")
+        await volume.flush(handle)
+        await lose_session(False)
+        await volume.write(handle, 5, b"secret" * 10_000)
+        await handle.file.settle()
+        await volume.getattr(inode.ino)
+        handle.file.unreported = False  # nobody hears of it
+        await lose_session(True)
+    async with opened(hasty) as volume:
+        await volume.setattr(inode.ino, wire.SET_SIZE, size=1000)
+        assert await content(volume, name) == b"short" + bytes(995)
+
+
+async def test_an_mds_that_slept_does_not_blame_its_clients(hasty: Cluster) -> None:
+    name, data = fresh(), b"data" * 10_000
+    async with opened(hasty) as volume:
+        handle, _ = await make(volume, name, data)
+        await volume.flush(handle)
+        await volume.unlink(ROOT, name)
+        hasty.signal(signal.SIGSTOP, "mds0")
+        await trio.sleep(2 * TTL_S)
+        hasty.signal(signal.SIGCONT, "mds0")
+        await volume.write(handle, 0, b"DATA")
+        await volume.fsync(handle)
+        assert await volume.read(handle, 0, 1 << 20) == b"DATA" + data[4:]
+        await volume.release(handle)
+
+
+# ---------------------------------------------------------------- who may come in
+
+
+async def test_a_wrong_key_is_refused_at_once(cluster: Cluster) -> None:
+    with trio.fail_after(5), pytest.raises(KaError) as caught:
+        async with Volume.open(cluster.config, bytes(32)):
+            pass
+    assert caught.value.code is Code.AUTH
+
+
+async def test_another_cluster_is_refused_at_once(cluster: Cluster) -> None:
+    elsewhere = replace(cluster.config, cluster=replace(cluster.config.cluster, id="other"))
+    with trio.fail_after(5), pytest.raises(KaError) as caught:
+        async with Volume.open(elsewhere, cluster.key):
+            pass
+    assert caught.value.code is Code.WRONG_CLUSTER
