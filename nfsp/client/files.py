@@ -189,13 +189,14 @@ class OpenFile:
             for iod in self._iods.iods_of(self.layout, piece.column):
                 self.unsynced.add((iod, piece.column))
             self._stored_size = max(self._stored_size, extent.stop)
-        except KaError as error:
+        except Exception as error:  # nobody waits for this task: a bug must not end the mount
+            expected = isinstance(error, KaError)
             _log.error(
                 "write.failed", ino=self.ino, offset=extent.start, length=extent.length,
-                reason=str(error),
+                reason=str(error), exc_info=None if expected else error,
             )  # fmt: skip
             self._lost = True
-            self.fail(error)
+            self.fail(error if isinstance(error, KaError) else KaError(Code.INTERNAL, str(error)))
         finally:
             self._under_way.remove(extent)
             extent.done.set()
