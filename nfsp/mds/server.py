@@ -120,6 +120,16 @@ class MdsServer:
     ) -> Reply | Awaitable[Reply | None] | None:
         """The transport's handler."""
         message = wire.MDS.decode(body)
+        try:
+            return self._dispatch(connection, message)
+        except KaError as error:
+            if error.code is Code.ENGINE_DAMAGED:
+                _log.error("store.damaged", request=type(message).__name__, reason=str(error))
+            raise
+
+    def _dispatch(
+        self, connection: Connection, message: Any
+    ) -> Reply | Awaitable[Reply | None] | None:
         kind = type(message)
         session: ClientSession | None = connection.state
         if session is not None:
