@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import trio
@@ -49,7 +49,10 @@ class MdsClient:
         durable: bool = False,
         opens: Callable[[], list[list[object]]] = list,
         on_session_lost: Callable[[list[int]], None] = lambda stale: None,
+        on_map: Callable[[ClusterMap], Awaitable[None]] | None = None,
     ) -> None:
+        """`on_map` is given the cluster map with each connection, before any answer on it: a
+        layout from this mds never names a chain that `on_map` has not seen."""
         self._link = Link(
             f"mds{config.id}",
             config.address,
@@ -63,6 +66,7 @@ class MdsClient:
         self._durable = durable
         self._opens = opens
         self._on_session_lost = on_session_lost
+        self._on_map = on_map
         self._session = 0
         self._is_lost = False
         """A session has run out, and the next one does not know our opens yet."""
@@ -179,6 +183,8 @@ class MdsClient:
         self.lease_ttl_ms = reply.lease_ttl_ms
         self.superblock = Superblock.decode(reply.superblock)
         self.cluster_map = ClusterMap.decode(reply.cluster_map)
+        if self._on_map is not None:
+            await self._on_map(self.cluster_map)
         self._connection = connection
         return reply
 

@@ -30,6 +30,7 @@ from nfsp import wire
 from nfsp.client.files import DirtyLimit, Handle, OpenFile, lost_error
 from nfsp.client.iod_client import IodClient
 from nfsp.client.mds_client import MdsClient
+from nfsp.clock import now_ns
 from nfsp.config import ClusterConfig, MountConfig
 from nfsp.iod_links import for_each
 from nfsp.model import Inode
@@ -68,6 +69,7 @@ class Volume:
             durable=durable,
             opens=self._opens,
             on_session_lost=self._session_lost,
+            on_map=lambda cluster_map: self.iods.use_map(cluster_map),
         )
         self.iods = IodClient(
             identity=identity,
@@ -112,7 +114,6 @@ class Volume:
             await nursery.start(volume.mds.run)
             try:
                 await volume.mds.start()
-                await volume.iods.use_map(volume.mds.cluster_map)
                 yield volume
             except Exception as error:
                 failure = error
@@ -278,7 +279,7 @@ class Volume:
         """Accept bytes; a failure to store them is raised by a later call on the handle."""
         file = handle.file
         file.raise_new_error(handle)
-        await file.write(offset, memoryview(data), time.time_ns())
+        await file.write(offset, memoryview(data), now_ns())
         return len(data)
 
     async def flush(self, handle: Handle) -> None:

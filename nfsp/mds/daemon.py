@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from common.errors import Code, KaError
 from common.session import Identity
 from common.transport import Connection
 from nfsp import keys, wire
+from nfsp.clock import now_ns
 from nfsp.config import ClusterConfig, MdsConfig
 from nfsp.iod_links import IodLinks
 from nfsp.mds import clustermap, create
@@ -60,10 +60,10 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
     """Make an empty file system owned by *uid* and *gid*; raises EEXIST if there is one."""
     layout = Layout(config.cluster.chunk_size, config.cluster.stripe_width, 1, ())
     superblock = Superblock(
-        FORMAT, uuid.uuid4().bytes, config.cluster.id, mds.id, time.time_ns(), layout
+        FORMAT, uuid.uuid4().bytes, config.cluster.id, mds.id, now_ns(), layout
     )
     mds.data.parent.mkdir(parents=True, exist_ok=True)
-    engine = LmdbEngine.create(Path(mds.data), _engine_config(mds))
+    engine = _new_engine(Path(mds.data), _engine_config(mds))
     try:
         writes = create.mkfs(
             superblock,
@@ -72,12 +72,26 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
             uid=uid,
             gid=gid,
         )
-        await engine.claim(1)
-        await engine.wait_durable(engine.apply(writes, epoch=1))
+        await engine.claim(engine.epoch + 1)
+        await engine.wait_durable(engine.apply(writes, epoch=engine.epoch))
         await engine.checkpoint()
     finally:
         engine.close()
     return superblock
+
+
+def _new_engine(path: Path, config: LmdbConfig) -> LmdbEngine:
+    """Make a store, or take up one that an interrupted mkfs has left without a file system."""
+    try:
+        return LmdbEngine.create(path, config)
+    except KaError as error:
+        if error.code is not Code.EEXIST:
+            raise
+        engine = LmdbEngine.open(path, config)
+        if engine.get(keys.SUPERBLOCK) is not None:
+            engine.close()
+            raise
+        return engine
 
 
 async def run_mds(

@@ -28,6 +28,7 @@ from common.errors import Code, KaError
 from common.metrics import counter
 from common.transport import Connection, Reply
 from nfsp import keys, wire
+from nfsp.clock import now_ns
 from nfsp.mds import attributes, create, namespace, rename, sessions, xattrs
 from nfsp.mds.engine import Engine, Snapshot
 from nfsp.mds.opentable import ClientSession, OpenTable
@@ -155,7 +156,7 @@ class MdsServer:
 
     def _context(self, session: int) -> Context:
         return Context(
-            session, time.time_ns(), self._table.is_open, self._table.is_written, self._placement
+            session, now_ns(), self._table.is_open, self._table.is_written, self._placement
         )
 
     def apply(self, writes: dict[bytes, bytes | None]) -> int:

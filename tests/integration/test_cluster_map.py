@@ -67,3 +67,32 @@ async def test_client_follows_the_map_when_an_iod_joins(short_path: Path) -> Non
             assert [item[0] for item in reply.files] == [new.ino]
     finally:
         await trio.to_thread.run_sync(cluster.stop)
+
+
+async def test_first_file_that_begins_on_a_new_iod_can_be_written(short_path: Path) -> None:
+    cluster = await trio.to_thread.run_sync(lambda: Cluster(short_path / "c", iods=2))
+    try:
+        await trio.to_thread.run_sync(cluster.start)
+        async with Volume.open(cluster.config, cluster.key, mountpoint="t") as volume:
+
+            def join() -> None:
+                cluster.kill("mds0")
+                _add_iod(cluster, 3)
+                cluster.start()
+
+            await trio.to_thread.run_sync(join)
+            for number in range(3):  # inode numbers turn the beginning; no iod is asked meanwhile
+                handle, inode = await volume.create_file(
+                    ROOT, b"%d" % number, 0o100644, uid=0, gid=0, exclusive=True
+                )
+                assert inode.layout is not None
+                if inode.layout.chains[0] == 3:
+                    break
+                await volume.release(handle)
+            else:
+                raise AssertionError("no file begins on the new iod")
+            await volume.write(handle, 0, b"data")
+            await volume.fsync(handle)
+            await volume.release(handle)
+    finally:
+        await trio.to_thread.run_sync(cluster.stop)
