@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
@@ -55,9 +56,7 @@ def quickly(*arguments: object) -> subprocess.CompletedProcess[str]:
         if not pid:
             code = 70
             try:
-                os.dup2(out.fileno(), 1)
-                os.dup2(err.fileno(), 2)
-                sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+                sys.stdout, sys.stderr = io.TextIOWrapper(out), io.TextIOWrapper(err)
                 sys.argv = words
                 cli.main()
             except SystemExit as ended:
