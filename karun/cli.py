@@ -1,20 +1,87 @@
 """Command line of karun, which starts and controls processes on many nodes.
 
-Owns nothing yet: karun is not built.  Whatever is asked of it is refused in one line, exit code 2;
-only `--help` and `--version` answer.
+Decides nothing: it reads arguments, calls, and says what came of it.  Built so far: `plan`.
+Errors are one line on standard error; exit codes are those of `common.errors`.
 """
 
 from __future__ import annotations
 
+import json
+import sys
+from typing import Any, NoReturn
+
 import click
+
+from common import nodeset
+from common.broadcast.planner import make_plan
+from common.broadcast.topology import Kind
+from common.config import parse_size
+from common.errors import KaError
+from karun import planning
 
 __all__ = ["main"]
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: karun plan -w node[1-225] --size 4GiB --link 1Gbit",
+)
 @click.version_option(package_name="ka", prog_name="karun")
-@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def main(arguments: tuple[str, ...]) -> None:
-    """Not built yet: karun starts and controls processes on many nodes."""
-    click.echo("karun is not built yet; see README.md for what works", err=True)
-    raise SystemExit(2)
+def karun() -> None:
+    """Start and control processes on many nodes.
+
+    Built so far: `plan`.  There is no `run`, `copy`, `gather`, `reboot` or `top` yet.
+    """
+
+
+def main() -> NoReturn:
+    """Run the command line; every failure is one line and its exit code."""
+    try:
+        karun(standalone_mode=False, prog_name="karun")
+    except KaError as error:
+        click.echo(f"karun: {error}", err=True)
+        sys.exit(error.code.exit_code)
+    except click.exceptions.Abort:
+        click.echo("karun: interrupted", err=True)
+        sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        click.echo(f"karun: {error.format_message()}", err=True)
+        sys.exit(2)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    sys.exit(0)
+
+
+@karun.command(
+    epilog="Example: karun plan -w node[1-200] --size 1GiB --rack-size 20 --uplink 1Gbit"
+)
+@click.option("-w", "nodes", required=True, metavar="NODES", help="Receivers: a node set.")
+@click.option("--size", required=True, help="What is to be sent: 4GiB, 300MB, 1024.")
+@click.option("--link", default="1Gbit", show_default=True, help="Rate of a node's link, each way.")
+@click.option("--latency-ms", type=click.FloatRange(min=0), default=0.1, show_default=True)
+@click.option(
+    "--rack-size",
+    type=click.IntRange(min=1),
+    help="Nodes in each rack, in the order of the node set; the source is in the first.",
+)
+@click.option("--uplink", help="Rate of a rack's uplink, each way.  [default: not a limit]")
+@click.option("--topology", type=click.Choice([kind.value for kind in Kind]), help="Use this one.")
+@click.option("--fanout", type=click.IntRange(min=1), help="Of k-ary; the number of stripes.")
+@click.option("--chunk-size", help="Use this one.")
+@click.option("--multicast", is_flag=True, help="The network carries multicast to all nodes.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire, as on a hub.")
+@click.option("--tree", is_flag=True, help="Draw the tree, however many nodes there are.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(nodes: str, size: str, as_json: bool, tree: bool, **options: Any) -> None:
+    """Show how data would be sent to many nodes, why so, and how long it would take."""
+    names = nodeset.expand(nodes)
+    request = planning.make_request(len(names), parse_size(size), **options)
+    found = make_plan(request)
+    if as_json:
+        click.echo(json.dumps(planning.to_json(found, names, request.size, tree=tree)))
+    else:
+        for line in planning.describe(found, names, request.size, tree=tree):
+            click.echo(line)

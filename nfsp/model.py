@@ -31,6 +31,7 @@ __all__ = [
     "Remains",
     "SessionId",
     "Superblock",
+    "following",
     "shard_of",
 ]
 
@@ -50,6 +51,8 @@ XATTR_VALUE_SIZE_MAX = 65536
 FILE_SIZE_MAX = (1 << 63) - 1
 COOKIE_MAX = (1 << 63) - 1
 TIME_NS_MAX = (1 << 63) - 1
+CLOCK_GRAIN_NS = 20_000_000
+"""No kernel's tick is longer than 10 ms."""
 ID_MAX = (1 << 32) - 1
 """Users, groups, device numbers."""
 
@@ -221,6 +224,16 @@ class Superblock(NamedTuple):
         fields = _fields(data, len(cls._fields), "superblock")
         fields[5] = _layout(fields[5])
         return cls(*fields)
+
+
+def following(before_ns: int, now_ns: int) -> int:
+    """Return the time of a change at *now_ns* to something last changed at *before_ns*.
+
+    The clock is coarse, but what changed must look changed: within a tick times count on.  A
+    time further ahead was set by somebody and gives way.
+    """
+    ahead_ns = before_ns - now_ns
+    return before_ns + 1 if 0 <= ahead_ns < CLOCK_GRAIN_NS else now_ns
 
 
 def shard_of(ino: int) -> int:

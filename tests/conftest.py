@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.support import leaks
 
@@ -25,6 +26,9 @@ UML_TOOLS = ("linux.uml", "rpcbind", "exportfs", "mount.nfs")
 
 
 def pytest_configure() -> None:
+    # How long an example takes says more about the machine than about the code.
+    settings.register_profile("ka", deadline=None, print_blob=True)
+    settings.load_profile("ka")
     os.environ[leaks.TOKEN_VARIABLE] = TOKEN
 
 

@@ -23,7 +23,7 @@ from common import log
 from common.errors import Code, KaError
 from common.transport import buffers
 from nfsp.client.iod_client import IodClient, piece_sums
-from nfsp.model import BLOCK_SIZE, Inode, Layout
+from nfsp.model import BLOCK_SIZE, Inode, Layout, following
 from nfsp.striping import Piece, pieces
 
 __all__ = ["DirtyLimit", "Handle", "OpenFile"]
@@ -143,7 +143,7 @@ class OpenFile:
 
     # ------------------------------------------------------------ writing
 
-    async def write(self, offset: int, data: memoryview, mtime_ns: int) -> None:
+    async def write(self, offset: int, data: memoryview, now_ns: int) -> None:
         """Accept bytes; they must not change afterwards."""
         self._require_kept()
         await self._dirty.wait_room()
@@ -153,7 +153,7 @@ class OpenFile:
             start = piece.file_offset - offset
             self._accept(piece, data[start : start + piece.length])
         self.size = max(self.size, offset + len(data))
-        self.mtime_ns = max(mtime_ns, self.mtime_ns + 1)
+        self.mtime_ns = following(self.mtime_ns, now_ns)
         self.unreported = True
         if is_first:  # perhaps the only one: under way while the writer comes to its close
             self.push()
@@ -189,13 +189,14 @@ class OpenFile:
             for iod in self._iods.iods_of(self.layout, piece.column):
                 self.unsynced.add((iod, piece.column))
             self._stored_size = max(self._stored_size, extent.stop)
-        except KaError as error:
+        except Exception as error:  # nobody waits for this task: a bug must not end the mount
+            expected = isinstance(error, KaError)
             _log.error(
                 "write.failed", ino=self.ino, offset=extent.start, length=extent.length,
-                reason=str(error),
+                reason=str(error), exc_info=None if expected else error,
             )  # fmt: skip
             self._lost = True
-            self.fail(error)
+            self.fail(error if isinstance(error, KaError) else KaError(Code.INTERNAL, str(error)))
         finally:
             self._under_way.remove(extent)
             extent.done.set()

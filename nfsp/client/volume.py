@@ -30,6 +30,7 @@ from nfsp import wire
 from nfsp.client.files import DirtyLimit, Handle, OpenFile, lost_error
 from nfsp.client.iod_client import IodClient
 from nfsp.client.mds_client import MdsClient
+from nfsp.clock import now_ns
 from nfsp.config import ClusterConfig, MountConfig
 from nfsp.iod_links import for_each
 from nfsp.model import Inode
@@ -278,7 +279,7 @@ class Volume:
         """Accept bytes; a failure to store them is raised by a later call on the handle."""
         file = handle.file
         file.raise_new_error(handle)
-        await file.write(offset, memoryview(data), time.time_ns())
+        await file.write(offset, memoryview(data), now_ns())
         return len(data)
 
     async def flush(self, handle: Handle) -> None:

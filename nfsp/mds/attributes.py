@@ -1,8 +1,9 @@
 """Attributes: chmod, chown, utimens, truncate, and what a writer reports.
 
 Pure (see view.py).  Every change raises `change` and sets ctime; a size given to SetAttr sets
-mtime, too, even when it is the old one.  A smaller size puts the bytes behind it on the trim queue
-(queues.py says how that is kept apart from later writes).
+mtime, too, even when it is the old one.  A report is dated by its mtime, so that writing alone
+leaves mtime and ctime equal, unless that cannot be when it happened.  A smaller size puts the
+bytes behind it on the trim queue (queues.py says how that is kept apart from later writes).
 
 Setting the size a file has trims nothing: chunks behind it can only be those that other writers
 have not reported yet.  A client reports its own (`Wrote`) before it truncates.
@@ -18,7 +19,7 @@ from nfsp import keys, wire
 from nfsp.mds import acl
 from nfsp.mds.queues import pending_trim, trim, wait_trim
 from nfsp.mds.view import Context, Effect, Outcome, View, Writes, inode_at, require
-from nfsp.model import FILE_SIZE_MAX, ID_MAX, TIME_NS_MAX, Inode
+from nfsp.model import FILE_SIZE_MAX, ID_MAX, TIME_NS_MAX, Inode, following
 
 __all__ = ["set_attr", "wrote"]
 
@@ -51,7 +52,7 @@ def set_attr(view: View, m: wire.SetAttr, context: Context) -> Outcome:
         _chmod_acl(view, inode, mode, writes)
     if valid & wire.SET_SIZE:
         effects = _truncate(view, inode, m.size, writes)
-        size, mtime_ns = m.size, now_ns
+        size, mtime_ns = m.size, following(inode.mtime_ns, now_ns)
     if valid & wire.SET_ATIME_NOW:
         atime_ns = now_ns
     elif valid & wire.SET_ATIME:
@@ -119,10 +120,11 @@ def wrote(view: View, m: wire.Wrote, context: Context) -> Outcome:
     pending = pending_trim(view, m.ino)
     raced = pending is not None and m.size_min > pending.size
     require(not raced, Code.EIO, "these bytes raced with a truncation of the file")
+    now_ns = context.now_ns
     record = inode._replace(
         size=max(inode.size, m.size_min),
         mtime_ns=m.mtime_ns,
-        ctime_ns=context.now_ns,
+        ctime_ns=m.mtime_ns if inode.ctime_ns <= m.mtime_ns <= now_ns else now_ns,
         change=inode.change + 1,
     ).encode()
     return Outcome(wire.InodeReply(record), {keys.inode(m.ino): record})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +16,7 @@ from common.errors import Code, KaError
 from common.session import Identity
 from common.transport import Connection
 from nfsp import keys, wire
+from nfsp.clock import now_ns
 from nfsp.config import ClusterConfig, MdsConfig
 from nfsp.iod_links import IodLinks
 from nfsp.mds import clustermap, create
@@ -60,7 +60,7 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
     """Make an empty file system owned by *uid* and *gid*; raises EEXIST if there is one."""
     layout = Layout(config.cluster.chunk_size, config.cluster.stripe_width, 1, ())
     superblock = Superblock(
-        FORMAT, uuid.uuid4().bytes, config.cluster.id, mds.id, time.time_ns(), layout
+        FORMAT, uuid.uuid4().bytes, config.cluster.id, mds.id, now_ns(), layout
     )
     mds.data.parent.mkdir(parents=True, exist_ok=True)
     engine = LmdbEngine.create(Path(mds.data), _engine_config(mds))

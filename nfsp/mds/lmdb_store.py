@@ -1,7 +1,9 @@
 """The main store of the embedded engine: an LMDB environment that checkpoints are written to.
 
 Owns data.mdb and lock.mdb, the read transaction that serves the event loop, and the guard: LMDB's
-pages have no checksums, so each value is stored behind the XXH3-64 of key and value.
+pages have no checksums, so each value is stored behind the XXH3-64 of key and value.  That nothing
+is found is believed only between two neighbours that are whole and in order: a damaged key, or a
+damaged separator above it, would otherwise make a record vanish.
 
 Invariants
   * data and the state record (checkpoint sequence, epoch) change in one transaction;
@@ -78,26 +80,31 @@ class _View:
         except lmdb.Error as error:
             raise _damaged(error) from error
         if stored is None:
+            if self._require_order(key) == key:  # a cursor may come there on another way
+                raise _damaged_value(key)
             return None
-        value = stored[_GUARD_SIZE:]
-        if digest_bytes(key + value) != stored[:_GUARD_SIZE]:
+        if not _is_whole(key, stored):
             raise _damaged_value(key)
-        return value
+        return stored[_GUARD_SIZE:]
 
     def page(self, start: bytes, end: bytes, limit: int) -> list[Pair]:
         """Return at most *limit* pairs with start <= key < end, values as stored."""
         try:
-            if not self._cursor.set_range(start):
+            if self._require_order(start) is None:
                 return []
+            self._cursor.set_range(start)
             pairs = list(islice(self._cursor.iternext(), limit))
         except lmdb.Error as error:
             raise _damaged(error) from error
-        if pairs and pairs[-1][0] >= end:
+        keys = [key for key, _ in pairs]
+        if keys != sorted(keys):
+            raise _damaged_value(start)
+        if keys and keys[-1] >= end:
             # Where the range ends is found by halving, not by comparing each key.
             low, high = 0, len(pairs) - 1
             while low < high:
                 middle = (low + high) // 2
-                if pairs[middle][0] < end:
+                if keys[middle] < end:
                     low = middle + 1
                 else:
                     high = middle
@@ -108,12 +115,38 @@ class _View:
     def verify(pairs: list[Pair]) -> list[Pair]:
         """Return *pairs* of `page` with their verified values."""
         verified: list[Pair] = []
+        before = b""
         for key, stored in pairs:
             value = stored[_GUARD_SIZE:]
-            if digest_bytes(key + value) != stored[:_GUARD_SIZE]:
+            if digest_bytes(key + value) != stored[:_GUARD_SIZE] or key <= before:
                 raise _damaged_value(key)
             verified.append((key, value))
+            before = key
         return verified
+
+    def _require_order(self, key: bytes) -> bytes | None:
+        """Return the first key at or behind *key*; raise unless it and its predecessor are sound.
+
+        A search led astray by one damaged key ends beside that key, or at the edge of a page whose
+        neighbour across the edge is on the wrong side.
+        """
+        cursor = self._cursor
+        following: bytes | None = None
+        try:
+            if cursor.set_range(key):
+                following, stored = cursor.item()
+                if following < key or not _is_whole(following, stored):
+                    raise _damaged_value(key)
+                has_previous = cursor.prev()
+            else:
+                has_previous = cursor.last()
+            if has_previous:
+                previous, stored = cursor.item()
+                if previous >= key or not _is_whole(previous, stored):
+                    raise _damaged_value(key)
+        except lmdb.Error as error:
+            raise _damaged(error) from error
+        return following
 
     def close(self) -> None:
         self._cursor.close()
@@ -265,6 +298,10 @@ def _open_environment(directory: Path, map_size: int) -> lmdb.Environment:
         raise _damaged(error) from error
     except lmdb.Error as error:
         raise KaError(from_errno(error.code), f"cannot open {path}", error=error) from error
+
+
+def _is_whole(key: bytes, stored: bytes) -> bool:
+    return digest_bytes(key + stored[_GUARD_SIZE:]) == stored[:_GUARD_SIZE]
 
 
 def _encode_state(state: StoreState) -> bytes:

@@ -28,6 +28,7 @@ from common.errors import Code, KaError
 from common.metrics import counter
 from common.transport import Connection, Reply
 from nfsp import keys, wire
+from nfsp.clock import now_ns
 from nfsp.mds import attributes, create, namespace, rename, sessions, xattrs
 from nfsp.mds.engine import Engine, Snapshot
 from nfsp.mds.opentable import ClientSession, OpenTable
@@ -119,6 +120,16 @@ class MdsServer:
     ) -> Reply | Awaitable[Reply | None] | None:
         """The transport's handler."""
         message = wire.MDS.decode(body)
+        try:
+            return self._dispatch(connection, message)
+        except KaError as error:
+            if error.code is Code.ENGINE_DAMAGED:
+                _log.error("store.damaged", request=type(message).__name__, reason=str(error))
+            raise
+
+    def _dispatch(
+        self, connection: Connection, message: Any
+    ) -> Reply | Awaitable[Reply | None] | None:
         kind = type(message)
         session: ClientSession | None = connection.state
         if session is not None:
@@ -145,7 +156,7 @@ class MdsServer:
 
     def _context(self, session: int) -> Context:
         return Context(
-            session, time.time_ns(), self._table.is_open, self._table.is_written, self._placement
+            session, now_ns(), self._table.is_open, self._table.is_written, self._placement
         )
 
     def apply(self, writes: dict[bytes, bytes | None]) -> int:

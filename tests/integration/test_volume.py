@@ -344,7 +344,7 @@ async def test_a_missing_iod_is_an_error_when_patience_is_over(cluster: Cluster)
         await threaded(cluster.start)
         await volume.write(handle, 0, b"kept")
         await volume.fsync(handle)
-        assert await volume.read(reader, 0, 10) == b"kept"
+        assert bytes(await volume.read(reader, 0, 10)) == b"kept"
         await volume.release(reader)
         await volume.release(handle)
 

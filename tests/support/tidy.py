@@ -62,6 +62,12 @@ ONLY_IMPORTER: dict[str, str | None] = {
 # be tested and simulated without a machine.
 PURE: frozenset[str] = frozenset(
     {
+        "common/broadcast/__init__.py",
+        "common/broadcast/chunkset.py",
+        "common/broadcast/cost.py",
+        "common/broadcast/manifest.py",
+        "common/broadcast/planner.py",
+        "common/broadcast/topology.py",
         "common/checksum.py",
         "common/codec.py",
         "common/errors.py",

@@ -7,7 +7,7 @@ import importlib
 import pytest
 from click.testing import CliRunner
 
-UNBUILT = ("kaboot", "kadeploy", "karun")
+UNBUILT = ("kaboot", "kadeploy")
 
 
 @pytest.mark.parametrize("tool", UNBUILT)

@@ -18,6 +18,7 @@ from nfsp.model import (
     Layout,
     Remains,
     Superblock,
+    following,
     shard_of,
 )
 from tests.support.space import may_refuse, refused
@@ -110,6 +111,14 @@ def test_any_bytes_are_a_record_or_a_clear_error(data: bytes) -> None:
     for decode in (Inode.decode, Superblock.decode, ClusterMap.decode, Remains.decode):
         with may_refuse(Code.ENGINE_DAMAGED, Code.WRONG_VERSION):
             decode(data)
+
+
+def test_times_of_changes_within_a_tick_count_on() -> None:
+    tick, future = 10**18, 2 * 10**18
+    assert following(tick - 5, tick) == tick
+    assert following(tick, tick) == tick + 1
+    assert following(tick + 1, tick) == tick + 2
+    assert following(future, tick) == tick
 
 
 def test_shard_is_in_the_high_bits_of_an_inode_number() -> None:

@@ -220,6 +220,15 @@ def test_wrote_never_shrinks_and_takes_the_writers_mtime(space: Space) -> None:
     assert after.change == file.change + 2
 
 
+def test_wrote_is_dated_by_the_writer_unless_that_cannot_be(space: Space) -> None:
+    file = space.create(ROOT, b"f")
+    between = file.ctime_ns + 1
+    space.now_ns += 10
+    assert space.wrote(file.ino, 1, mtime_ns=between).ctime_ns == between
+    assert space.wrote(file.ino, 1, mtime_ns=between - 1).ctime_ns == space.now_ns
+    assert space.wrote(file.ino, 1, mtime_ns=space.now_ns + 1000).ctime_ns == space.now_ns
+
+
 def test_wrote_to_a_vanished_file_is_estale(space: Space) -> None:
     file = space.create(ROOT, b"f").ino
     space.unlink(ROOT, b"f")
