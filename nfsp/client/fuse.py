@@ -368,6 +368,7 @@ def check_mountpoint(path: str) -> None:
         raise KaError(Code.USAGE, "/dev/fuse is missing: load the kernel module (modprobe fuse)")
     try:
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+        os.statvfs(path)  # never answered from the kernel's cache
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise KaError(
