@@ -1,8 +1,8 @@
 """The client's side of the metadata protocol: a session, its slots, and repeatable requests.
 
 Reads are repeated as they are.  A mutation takes a free slot and the slot's next number, so that
-a repetition after a lost answer gets the first answer (docs/architecture.md#exactly-once).  On a new
-connection the session is resumed with the list of what is open here.  If the mds has let the
+a repetition after a lost answer gets the first answer (docs/architecture.md#exactly-once).  On a
+new connection the session is resumed with the list of what is open here.  If the mds has let the
 session expire, a new one begins with that list, and `on_session_lost` is told which inodes must
 not be used any more.
 """
