@@ -263,13 +263,21 @@ def read_key(path: Path) -> bytes:
 
 
 def make_key(path: Path) -> None:
-    """Write a new random key to *path*, mode 0600; raises KaError USAGE if it exists."""
+    """Write a new random key to *path*, mode 0600; raises KaError USAGE if it exists.
+
+    The name appears when the key is whole.
+    """
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(fd, "w") as file:
+                os.fchmod(fd, 0o600)
+                file.write(secrets.token_hex(KEY_SIZE) + "\n")
+                file.flush()
+                os.fsync(fd)
+            os.link(draft, path)
+        finally:
+            os.unlink(draft)
     except OSError as error:
         raise KaError(Code.USAGE, f"{path}: cannot make the key: {error.strerror}") from None
-    with open(fd, "w") as file:
-        os.fchmod(fd, 0o600)
-        file.write(secrets.token_hex(KEY_SIZE) + "\n")
-        file.flush()
-        os.fsync(fd)

@@ -4,7 +4,9 @@ A server usually listens on TCP and on a unix socket; a client takes the unix so
 server is on its own host (half the cost per byte).
 
 An unauthenticated peer gets HANDSHAKE_TIMEOUT_S, one small frame at a time, and one of
-`STRANGERS_MAX` places; it is counted and otherwise ignored.  What it says in the handshake is not
+`STRANGERS_MAX` places.  When all are taken, a newcomer gets the place of the one that has had it
+for longest: a handshake takes milliseconds, so those that idle cannot keep others out.  Strangers
+are counted and otherwise ignored.  What one says in the handshake is not
 believed beyond the few codes that a handshake can end with.
 
 Fencing: a peer's connections are numbered.  A newer one ends the older, and is served only when
@@ -65,13 +67,15 @@ async def serve(
 
     *on_connection* is called with each authenticated connection before its first request.
     """
-    strangers = trio.CapacityLimiter(STRANGERS_MAX)
+    strangers: dict[socket.socket, trio.CancelScope] = {}  # the oldest first
     living: dict[_Who, tuple[Connection, trio.Event]] = {}
     async with trio.open_nursery() as nursery:
 
-        async def welcome(sock: socket.socket) -> None:
+        async def welcome(sock: socket.socket, scope: trio.CancelScope) -> None:
+            connection: Connection | None = None
             try:
-                connection = await _receive_peer(sock, identity, key, handler)
+                with scope:
+                    connection = await _receive_peer(sock, identity, key, handler)
             except (KaError, OSError, trio.TooSlowError) as error:
                 sock.close()
                 _note_refusal(error)
@@ -80,7 +84,11 @@ async def serve(
                 sock.close()
                 raise
             finally:
-                strangers.release_on_behalf_of(sock)
+                strangers.pop(sock, None)
+            if connection is None:
+                _refused.labels("crowd").inc()
+                sock.close()
+                return
             _accepted.labels(connection.role).inc()
             try:
                 await _serve_newest(connection, living, on_connection)
@@ -100,13 +108,10 @@ async def serve(
                     _log.error("accept.failed", reason=str(error))
                     await trio.sleep(0.1)
                     continue
-                try:
-                    strangers.acquire_on_behalf_of_nowait(sock)
-                except trio.WouldBlock:
-                    _refused.labels("crowd").inc()
-                    sock.close()
-                    continue
-                nursery.start_soon(welcome, sock)
+                if len(strangers) >= STRANGERS_MAX:
+                    strangers.pop(next(iter(strangers))).cancel()
+                strangers[sock] = trio.CancelScope()
+                nursery.start_soon(welcome, sock, strangers[sock])
 
         for listener in sockets:
             nursery.start_soon(accept, listener)

@@ -70,6 +70,10 @@ def main() -> NoReturn:
     except KaError as error:
         click.echo(f"nfsp: {error}", err=True)
         sys.exit(error.code.exit_code)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        click.echo(f"nfsp: {where}{error.strerror or error}", err=True)
+        sys.exit(1)
     except click.exceptions.Abort:
         click.echo("nfsp: interrupted", err=True)
         sys.exit(130)
@@ -106,28 +110,31 @@ def up(
         raise KaError(Code.USAGE, "one metadata server is supported: --mds 1")
     host = OneHost(directory)
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    host.create(iods)
+    started = host.start(click.echo)
     try:
-        host.create(iods)
-        host.start(click.echo)
         if mountpoint is not None:
             where = mounting.resolve(mountpoint)
             mounting.mount_in_background(host.config_path, where, options)
             click.echo(f"mounted at {where}")
-    except (KaError, KeyboardInterrupt):
-        if host.config_path.exists():
-            host.stop(lambda line: None)
+        if detach:
+            click.echo(f"the cluster runs; `nfsp down {directory}` stops it")
+            return
+        click.echo(f"export NFSP_CLUSTER={host.config_path}")
+        click.echo("the cluster runs; Ctrl-C stops it")
+    except BaseException:
+        host.stop_daemons(started, lambda line: None)
         raise
-    if detach:
-        click.echo(f"the cluster runs; `nfsp down {directory}` stops it")
-        return
-    click.echo(f"export NFSP_CLUSTER={host.config_path}")
-    click.echo("the cluster runs; Ctrl-C stops it")
     with contextlib.suppress(KeyboardInterrupt):
         _watch(host)
-    host.stop(click.echo)
+    host.stop(click.echo, force=True)
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:
+    """End what we are doing; the clean-up that follows is not to be interrupted again."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

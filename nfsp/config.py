@@ -11,12 +11,16 @@ from pathlib import Path
 from typing import Annotated
 
 from common.config import SIZE, load, read_key
+from common.endpoint import parse_address
 from common.errors import Code, KaError
 from nfsp.model import BLOCK_SIZE, CHUNK_SIZE_DEFAULT, CHUNK_SIZE_MAX, CHUNK_SIZE_MIN
 
 __all__ = ["Cluster", "ClusterConfig", "IodConfig", "MdsConfig", "MountConfig", "load_cluster"]
 
 Size = Annotated[int, SIZE]
+
+SESSION_TTL_MIN_S = 1.0
+"""Three renewals must fit, on a busy machine too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,11 @@ class MdsConfig:
     cache_entries: int = 200_000
     """Changed records held in memory until a checkpoint has written them: the mds's memory."""
 
+    def validate(self) -> None:
+        _check_addresses(self.address, self.metrics)
+        if self.session_ttl_s < SESSION_TTL_MIN_S:
+            raise KaError(Code.USAGE, f"session_ttl_s must be at least {SESSION_TTL_MIN_S}")
+
 
 @dataclass(frozen=True, slots=True)
 class IodConfig:
@@ -78,6 +87,9 @@ class IodConfig:
     metrics: str = ""
     reserve: Size = 64 << 20
     """Bytes kept free on the local file system: new data are refused below."""
+
+    def validate(self) -> None:
+        _check_addresses(self.address, self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +104,13 @@ class MountConfig:
     """Written data on their way to the iods; more makes writers wait."""
     readahead: Size = 8 << 20
     """Kernel read-ahead; needs root, otherwise the kernel's 128 KiB stay."""
+
+    def validate(self) -> None:
+        for name in ("timeout_s", "attr_timeout_s"):
+            if not getattr(self, name) >= 0:  # nor may it be NaN
+                raise KaError(Code.USAGE, f"{name} must not be negative")
+        if not self.dirty_size:
+            raise KaError(Code.USAGE, "dirty_size must be positive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +141,12 @@ class ClusterConfig:
             if mds.id == number:
                 return mds
         raise KaError(Code.USAGE, f"no [[mds]] with id {number}")
+
+
+def _check_addresses(address: str, metrics: str) -> None:
+    parse_address(address)
+    if metrics:
+        parse_address(metrics)
 
 
 def load_cluster(path: Path) -> tuple[ClusterConfig, bytes]:

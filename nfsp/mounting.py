@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import os
 import socket
@@ -70,6 +71,8 @@ def parse_options(texts: tuple[str, ...], defaults: MountConfig) -> MountOptions
         except ValueError:
             raise KaError(Code.USAGE, f"mount option {name}: not a number: {value!r}") from None
     mount: MountConfig = dataclasses.replace(defaults, **changes)  # type: ignore[arg-type]
+    mount = dataclasses.replace(defaults, **changes)  # type: ignore[arg-type]
+    mount.validate()
     return MountOptions(mount, durable, tuple(kernel))
 
 
@@ -147,14 +150,13 @@ def unmount(mountpoint: Path, *, config_path: Path | None = None, lazy: bool = F
     """
     entry = _mount_entry(mountpoint)
     if entry is None:
-        raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
+        if _server_of(mountpoint, config_path) is None:
+            raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
+        _wait_for_end(mountpoint, config_path)  # somebody else has unmounted it
+        return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
-    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
-    command += (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
-    result = subprocess.run(
-        [*command, "--", str(mountpoint)], capture_output=True, text=True, check=False
-    )
+    result = _umount(mountpoint, lazy=lazy)
     if result.returncode:
         reason = (result.stderr or result.stdout).strip().splitlines()
         busy = any("busy" in line for line in reason)
@@ -164,6 +166,28 @@ def unmount(mountpoint: Path, *, config_path: Path | None = None, lazy: bool = F
             + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
         )
     _wait_for_end(mountpoint, config_path)
+
+
+def detach(mountpoint: Path) -> None:
+    """Take a mount away from those who use it, without waiting for its process."""
+    _umount(mountpoint, lazy=True)
+
+
+def is_dead(mountpoint: Path) -> bool:
+    """Whether a mount is there whose process has ended."""
+    try:
+        os.stat(mountpoint)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
+def _umount(mountpoint: Path, *, lazy: bool) -> subprocess.CompletedProcess[str]:
+    command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
+    command += (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
+    return subprocess.run(
+        [*command, "--", str(mountpoint)], capture_output=True, text=True, check=False
+    )
 
 
 def _wait_for_end(mountpoint: Path, config_path: Path | None) -> None:

@@ -38,7 +38,10 @@ class OneHost:
         self.config_path = self.directory / "cluster.toml"
 
     def create(self, iod_count: int) -> None:
-        """Write cluster.toml and the key, and make the file system; keep what is there."""
+        """Write cluster.toml and the key, and make the file system; keep what is there.
+
+        cluster.toml gets its name when all is made: an interrupted attempt is taken up again.
+        """
         if self.config_path.exists():
             return
         if not 1 <= iod_count <= IODS_MAX:
@@ -49,7 +52,9 @@ class OneHost:
             if not key.exists():
                 make_key(key)
             draft = self.directory / ".cluster.toml.new"
-            draft.write_text(self._describe(iod_count))
+            is_begun = draft.exists() and (self.directory / "mds0").exists()
+            if not is_begun:
+                draft.write_text(self._describe(iod_count))
         except OSError as error:
             raise KaError(
                 Code.USAGE, f"cannot write to {self.directory}: {error.strerror}"
@@ -59,7 +64,11 @@ class OneHost:
             with contextlib.suppress(FileNotFoundError):
                 if not any(mds.data.iterdir()):
                     mds.data.rmdir()
-            trio.run(partial(mkfs, config, mds, uid=os.getuid(), gid=os.getgid()))
+            try:
+                trio.run(partial(mkfs, config, mds, uid=os.getuid(), gid=os.getgid()))
+            except KaError as error:
+                if error.code is not Code.EEXIST or not is_begun:
+                    raise
         draft.rename(self.config_path)
 
     def _describe(self, iod_count: int) -> str:
@@ -82,13 +91,24 @@ class OneHost:
                 lines.append(f'data = "{name}"')
         return "\n".join(lines) + "\n"
 
-    def start(self, say: Callable[[str], None]) -> None:
-        """Start every daemon that is not running; raises KaError if one cannot."""
+    def start(self, say: Callable[[str], None]) -> list[str]:
+        """Start every daemon that is not running; return their names.
+
+        Raises KaError if one cannot; then, or interrupted, stops those that it has started.
+        """
         config, _key = load_cluster(self.config_path)
-        for kind, number in self._daemons(config):
-            if self.pid_file(f"{kind}{number}").owner() is None:
-                self.start_daemon(kind, number)
-                say(f"{kind}{number} started")
+        started: list[str] = []
+        try:
+            for kind, number in self._daemons(config):
+                name = f"{kind}{number}"
+                if self.pid_file(name).owner() is None:
+                    self.start_daemon(kind, number)
+                    started.append(name)
+                    say(f"{name} started")
+        except BaseException:
+            self.stop_daemons(started, lambda line: None)
+            raise
+        return started
 
     def start_daemon(self, kind: str, number: int) -> int:
         """Start one daemon; return its pid when it can be reached."""
@@ -100,28 +120,49 @@ class OneHost:
         except KaError as error:
             raise KaError(error.code, f"{kind}{number}: {error.message}") from None
 
-    def stop(self, say: Callable[[str], None]) -> None:
-        """Unmount and stop everything that runs from this directory."""
-        from nfsp.mounting import unmount
+    def stop(self, say: Callable[[str], None], *, force: bool = False) -> None:
+        """Unmount and stop everything that runs from this directory.
 
-        for mountpoint in self.mounts():
-            unmount(mountpoint)
-            say(f"unmounted {mountpoint}")
+        Raises KaError EBUSY, with the daemons left running, while a mount is in use; *force* takes
+        the mount away from its users.
+        """
+        from nfsp.mounting import detach, unmount
+
+        for mountpoint, pid_file in self.mounts():
+            try:
+                unmount(mountpoint)
+                say(f"unmounted {mountpoint}")
+            except KaError as error:
+                if not force:
+                    raise
+                detach(mountpoint)
+                pid = pid_file.owner()
+                if pid is not None:
+                    stop(pid, pid_file.owner)
+                say(f"unmounted {mountpoint} by force: {error.message}")
         config, _key = load_cluster(self.config_path)
-        for kind, number in reversed(self._daemons(config)):
-            pid_file = self.pid_file(f"{kind}{number}")
+        self.stop_daemons([f"{kind}{number}" for kind, number in self._daemons(config)], say)
+
+    def stop_daemons(self, names: list[str], say: Callable[[str], None]) -> None:
+        """Stop these daemons where they run, the last one first."""
+        for name in reversed(names):
+            pid_file = self.pid_file(name)
             pid = pid_file.owner()
             if pid is not None:
                 gentle = stop(pid, pid_file.owner)
-                say(f"{kind}{number} stopped{'' if gentle else ' by force'}")
+                say(f"{name} stopped{'' if gentle else ' by force'}")
 
-    def mounts(self) -> list[Path]:
-        """Return the mount points served from this directory."""
+    def mounts(self) -> list[tuple[Path, PidFile]]:
+        """Return the mount points served from this directory, dead ones too."""
+        from nfsp.mounting import is_dead
+
         found = []
-        for path in sorted((self.directory / "run").glob("mount-*.pid")):
-            if PidFile(path).owner() is not None:
-                with contextlib.suppress(OSError):
-                    found.append(Path(path.with_suffix(".path").read_text()))
+        for path in sorted((self.directory / "run").glob("mount-*.path")):
+            pid_file = PidFile(path.with_suffix(".pid"))
+            with contextlib.suppress(OSError):
+                mountpoint = Path(path.read_text())
+                if pid_file.owner() is not None or is_dead(mountpoint):
+                    found.append((mountpoint, pid_file))
         return found
 
     def pid_file(self, name: str) -> PidFile:

@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -29,11 +30,19 @@ __all__ = ["PidFile", "drop_privileges", "run_until_signal", "spawn", "stop"]
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
+END_TIMEOUT_S = 5.0
+"""What a process that is given up at its start gets to clean up."""
 OPEN_FILES = 65536
 MALLOC_MAP_SIZE = 32 << 20
 MALLOC_KEEP_SIZE = 128 << 20
 _PR_SET_NO_NEW_PRIVS = 38
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+_BY_EXIT_CODE = {
+    code.exit_code: code
+    for code in (Code.USAGE, Code.UNREACHABLE, Code.AUTH, Code.ENGINE_DAMAGED)
+}
+"""How an ended process's exit code is handed on."""
 
 _log = log.get("nfsp.process")
 
@@ -125,7 +134,7 @@ def run_until_signal(
 
     try:
         trio.run(supervised, strict_exception_groups=True)
-    except* KaError as group:
+    except* (KaError, OSError) as group:
         error: BaseException = group
         while isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
@@ -143,12 +152,14 @@ def _keep_memory() -> None:
 def spawn(arguments: list[str], log_path: Path) -> int:
     """Start `nfsp ARGUMENTS --ready-fd N` in the background; return its pid when it is ready.
 
-    Raises KaError with the last line of its log when it ends before that.
+    Raises KaError with the last line of its log, and its exit code, when it ends before that.
+    Interrupted or too late, it leaves no process behind.
     """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     reader, writer = os.pipe()
+    process: subprocess.Popen[bytes] | None = None
     try:
-        with open(log_path, "ab") as sink:
+        with open(log_path, "ab") as sink, _signals_held():
             start = sink.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "nfsp", *arguments, "--ready-fd", str(writer)],
@@ -171,13 +182,46 @@ def spawn(arguments: list[str], log_path: Path) -> int:
             if word:
                 process.returncode = 0  # it lives on: nobody here waits for it
                 return process.pid
-            raise KaError(Code.INTERNAL, _last_words(process, log_path, start))
-        process.kill()
+            words = _last_words(process, log_path, start)
+            raise KaError(_BY_EXIT_CODE.get(process.returncode, Code.INTERNAL), words)
         raise KaError(Code.TIMEOUT, f"not ready after {START_TIMEOUT_S:.0f} s; see {log_path}")
+    except BaseException:
+        if process is not None:
+            _end(process)
+        raise
     finally:
         os.close(reader)
         if writer >= 0:
             os.close(writer)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait for the end of the block; in the main thread, that is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: caught.append(number))
+              for number in numbers]  # fmt: skip
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a child that is not wanted any more, gently if it lets us."""
+    process.terminate()
+    try:
+        process.wait(END_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _last_words(process: subprocess.Popen[bytes], log_path: Path, start: int) -> str:

@@ -366,7 +366,15 @@ def check_mountpoint(path: str) -> None:
     """Raise KaError USAGE unless *path* is a free directory and FUSE can be used."""
     if not os.path.exists("/dev/fuse"):
         raise KaError(Code.USAGE, "/dev/fuse is missing: load the kernel module (modprobe fuse)")
-    if not os.path.isdir(path):
+    try:
+        is_directory = stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise KaError(
+                Code.EBUSY, f"a dead mount is there; remove it with: nfsp umount {path}"
+            ) from None
+        is_directory = False
+    if not is_directory:
         raise KaError(Code.USAGE, f"not a directory: {path}")
     if os.path.ismount(path):
         raise KaError(Code.EBUSY, f"something is mounted there already: {path}")

@@ -63,7 +63,7 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
         FORMAT, uuid.uuid4().bytes, config.cluster.id, mds.id, now_ns(), layout
     )
     mds.data.parent.mkdir(parents=True, exist_ok=True)
-    engine = LmdbEngine.create(Path(mds.data), _engine_config(mds))
+    engine = _new_engine(Path(mds.data), _engine_config(mds))
     try:
         writes = create.mkfs(
             superblock,
@@ -72,12 +72,26 @@ async def mkfs(config: ClusterConfig, mds: MdsConfig, *, uid: int, gid: int) -> 
             uid=uid,
             gid=gid,
         )
-        await engine.claim(1)
-        await engine.wait_durable(engine.apply(writes, epoch=1))
+        await engine.claim(engine.epoch + 1)
+        await engine.wait_durable(engine.apply(writes, epoch=engine.epoch))
         await engine.checkpoint()
     finally:
         engine.close()
     return superblock
+
+
+def _new_engine(path: Path, config: LmdbConfig) -> LmdbEngine:
+    """Make a store, or take up one that an interrupted mkfs has left without a file system."""
+    try:
+        return LmdbEngine.create(path, config)
+    except KaError as error:
+        if error.code is not Code.EEXIST:
+            raise
+        engine = LmdbEngine.open(path, config)
+        if engine.get(keys.SUPERBLOCK) is not None:
+            engine.close()
+            raise
+        return engine
 
 
 async def run_mds(

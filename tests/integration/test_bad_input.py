@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from nfsp import mounting
+from nfsp import cli, mounting
 from tests.conftest import TOKEN
+from tests.support import leaks
 from tests.support.running import Cluster, nfsp
 
 FUSE = pytest.mark.fuse
@@ -41,9 +44,33 @@ def point(base: Path) -> Iterator[Path]:
     path = base / "m"
     path.mkdir()
     yield path
-    if os.path.ismount(path):
-        mounting.unmount(path)
+    leaks.unmount(path)
     path.rmdir()
+
+
+def quickly(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a fork, which spares it a start of the interpreter."""
+    words = ["nfsp", *map(str, arguments)]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        pid = os.fork()
+        if not pid:
+            code = 70
+            try:
+                sys.stdout, sys.stderr = io.TextIOWrapper(out), io.TextIOWrapper(err)
+                sys.argv = words
+                cli.main()
+            except SystemExit as ended:
+                code = int(ended.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return subprocess.CompletedProcess(words, code, out.read().decode(), err.read().decode())
 
 
 def refused(result: subprocess.CompletedProcess[str], code: int, pattern: str) -> None:
@@ -68,19 +95,19 @@ def edited(cluster: Cluster, name: str, old: str, new: str) -> Path:
 
 
 def test_a_missing_configuration_is_named(base: Path) -> None:
-    refused(nfsp("-c", base / "no.toml", "status"), 2, r"no\.toml: No such file")
+    refused(quickly("-c", base / "no.toml", "status"), 2, r"no cluster configuration: /.*no\.toml")
 
 
 @pytest.mark.parametrize(
     ("old", "new", "pattern"),
     [
         ("chunk_size", "chunksize", r"unknown key 'chunksize' \(did you mean 'chunk_size'\?\)"),
-        ("[cluster]", "[cluster", r"cluster.*toml: .*line 1"),
+        ("[cluster]", "[cluster", r"edited\.toml: Expected .*at line 1"),
         ("[[iod]]", "[[iods]]", "unknown key 'iods'"),
         ("chunk_size = 65536", "chunk_size = 65537", "chunk_size must be a power of two"),
         ("chunk_size = 65536", 'chunk_size = "much"', "not a size"),
-        ('address = "', 'address = "nowhere', "not an address|cannot be resolved|iod1"),
-        ('id = "', "id = 7\n#", "'id' must be a string"),
+        ('address = "127.0.0.1:', 'address = "127.0.0.1', "not an address"),
+        ('\nid = "', "\nid = 7\n#", "'id' must be a string"),
         ("timeout_s = 5", "timeout_s = -1", "timeout_s"),
         ("session_ttl_s = 60.0", "session_ttl_s = 0", "session_ttl_s"),
         ('"cluster.key"', '"no.key"', "cannot read the key"),
@@ -91,7 +118,7 @@ def test_a_wrong_configuration_is_refused_with_its_place(
     cluster: Cluster, old: str, new: str, pattern: str
 ) -> None:
     path = edited(cluster, "edited.toml", old, new)
-    refused(nfsp("-c", path, "mount", cluster.directory, limit_s=20), 2, pattern)
+    refused(quickly("-c", path, "status"), 2, pattern)
 
 
 def test_a_key_that_others_can_read_is_refused(cluster: Cluster) -> None:
@@ -99,7 +126,7 @@ def test_a_key_that_others_can_read_is_refused(cluster: Cluster) -> None:
     shutil.copy(cluster.key_path, key)
     key.chmod(0o644)
     path = edited(cluster, "edited.toml", "cluster.key", "open.key")
-    refused(nfsp("-c", path, "status"), 2, "others may read the key: chmod 600")
+    refused(quickly("-c", path, "status"), 2, "others may read the key: chmod 600")
 
 
 # ---------------------------------------------------------------- arguments
@@ -139,7 +166,7 @@ def test_wrong_arguments_are_refused_with_a_hint(
     cluster: Cluster, base: Path, arguments: list[str], code: int, pattern: str
 ) -> None:
     filled = [text.format(base=base, config=cluster.config_path) for text in arguments]
-    refused(nfsp(*filled, limit_s=20), code, pattern)
+    refused(quickly(*filled), code, pattern)
     assert not (base / "x").exists()
 
 
@@ -223,7 +250,7 @@ def test_a_read_only_cluster_directory_can_be_mounted_from_but_not_run_in(
         writable = subprocess.run(
             ["unshare", "-m", "sh", "-c", script],
             capture_output=True, text=True, check=False, timeout=60,
-            env={**os.environ, "XDG_RUNTIME_DIR": str(cluster.directory.parent / "x")},
+            env={**os.environ, "XDG_RUNTIME_DIR": str(cluster.directory.parent / "xdg")},
         )  # fmt: skip
     finally:
         cluster.start()
