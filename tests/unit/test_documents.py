@@ -29,7 +29,7 @@ TABLES: dict[str, type] = {
     "[[iod]]": config.IodConfig,
     "[mount]": config.MountConfig,
 }
-BEING_WRITTEN = {"nfs.md", "posix.md"}
+BEING_WRITTEN = {"broadcast.md", "nfs.md", "posix.md"}
 KINDS = {int: "number", str: "text", float: "decimal", Path: "path"}
 
 
