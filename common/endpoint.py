@@ -16,6 +16,7 @@ connections of the peer's identity thus never overlap.
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
@@ -247,7 +248,7 @@ async def dial(
         raise KaError(Code.TIMEOUT, f"{where} did not answer in time") from None
     except OSError as error:
         _close(sock)
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno else str(error)
         raise KaError(Code.UNREACHABLE, f"cannot reach {where}: {reason}") from None
     except BaseException:
         _close(sock)

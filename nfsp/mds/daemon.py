@@ -104,6 +104,11 @@ async def run_mds(
         if record is None:
             raise KaError(Code.NOT_FORMATTED, f"{mds.data}: no file system; run `nfsp mkfs`")
         superblock = Superblock.decode(record)
+        if superblock.format != FORMAT:
+            raise KaError(
+                Code.WRONG_VERSION,
+                f"{mds.data} has format {superblock.format}, this nfsp reads format {FORMAT}",
+            )
         if superblock.cluster_id != config.cluster.id or superblock.shard != mds.id:
             raise KaError(
                 Code.WRONG_CLUSTER,
