@@ -82,9 +82,10 @@ def test_attributes_and_entries_are_never_older_than_a_second(
 
 def test_an_absent_name_is_found_as_soon_as_it_is_made(cluster: Cluster, other: Path) -> None:
     for number in range(10):
-        assert not (other / f"new{number}").exists()
-        (cluster.mount / f"new{number}").mkdir()
-        _within_a_second(lambda number=number: (other / f"new{number}").is_dir())  # type: ignore[misc]
+        there = other / f"new{number}"
+        assert not there.exists()
+        (cluster.mount / there.name).mkdir()
+        _within_a_second(there.is_dir)
 
 
 def test_exclusive_creation_has_one_winner(cluster: Cluster, other: Path) -> None:
