@@ -176,7 +176,7 @@ def detach(mountpoint: Path) -> None:
 def is_dead(mountpoint: Path) -> bool:
     """Whether a mount is there whose process has ended."""
     try:
-        os.stat(mountpoint)
+        os.statvfs(mountpoint)  # unlike stat, never answered from the kernel's cache
     except OSError as error:
         return error.errno == errno.ENOTCONN
     return False

@@ -237,14 +237,15 @@ def _last_words(process: subprocess.Popen[bytes], log_path: Path, start: int) ->
 def stop(pid: int, owner: Callable[[], int | None]) -> bool:
     """End a process gently, then by force; return whether gently was enough.
 
-    *owner* says who holds its pid file: a process is gone when it no longer does.
+    *owner* says who holds its pid file: it has done its work when it no longer does.  Then it is
+    waited for, so that nothing is left when a command says so.
     """
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
         os.kill(pid, signal.SIGCONT)
     deadline = time.monotonic() + STOP_TIMEOUT_S
     while time.monotonic() < deadline:
-        if owner() != pid:
+        if owner() != pid and not _is_alive(pid):
             return True
         time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
@@ -252,3 +253,11 @@ def stop(pid: int, owner: Callable[[], int | None]) -> bool:
     while owner() == pid:
         time.sleep(0.02)
     return False
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process, and it is more than an entry its parent has not read."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z"
+    except OSError:
+        return False
