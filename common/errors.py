@@ -83,6 +83,7 @@ class Code(enum.Enum):
     CHUNK_CORRUPT = Spec(4001, _errno.EIO, False, EXIT_DAMAGED, "stored data fail their checksum")
     PAYLOAD_CORRUPT = Spec(4002, _errno.EIO, True, EXIT_FAILURE, "data were damaged on the way")
     IOD_FENCED = Spec(4003, _errno.EIO, True, EXIT_FAILURE, "a newer connection took over")
+    DATA_LOST = Spec(4004, _errno.EIO, False, EXIT_FAILURE, "un-fsynced data went with a reboot")
 
     @property
     def number(self) -> int:

@@ -388,6 +388,9 @@ class Repair(NamedTuple):
 class IodDone(NamedTuple):
     """The answer of requests that have nothing to say."""
 
+    boot: bytes = b""
+    """Of a `Write`: names this boot of the iod's machine.  With it goes what is not synced."""
+
 
 @IOD.message(2)
 class Write(NamedTuple):
@@ -440,10 +443,15 @@ class ReadReply(NamedTuple):
 
 @IOD.message(5)
 class SyncChunks(NamedTuple):
-    """Put chunk files on stable storage -> `IodDone`."""
+    """Put chunk files on stable storage -> `IodDone`, or DATA_LOST.
+
+    A sync of what another boot of the machine was given would succeed, and prove nothing.
+    """
 
     files: list[Any]
     """[ino, column] pairs."""
+    boot: bytes = b""
+    """In which boot the data were written; empty: nobody knows."""
 
 
 @IOD.message(6)

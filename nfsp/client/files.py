@@ -16,15 +16,18 @@ Invariants
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import trio
 
 from common import log
 from common.errors import Code, KaError
 from common.transport import buffers
+from nfsp import wire
 from nfsp.client.iod_client import IodClient, piece_sums
+from nfsp.iod_links import for_each
 from nfsp.model import BLOCK_SIZE, Inode, Layout, following
-from nfsp.striping import Piece, pieces
+from nfsp.striping import Piece, columns_used, pieces
 
 __all__ = ["DirtyLimit", "Handle", "OpenFile"]
 
@@ -107,8 +110,12 @@ class OpenFile:
         self.writable_count = 0
         self.error: KaError | None = None
         self.error_count = 0
-        self.unsynced: set[tuple[int, int]] = set()
-        """(iod, column) pairs written since the last fsync."""
+        self._unsynced: dict[tuple[int, int], bytes] = {}
+        """(iod, column) pairs that an fsync must reach, and the boot in which the iod's machine was
+        at the first write since the last one; empty: unknown."""
+        self._unknown_columns = columns_used(self.layout, inode.size)
+        """Written before this object was made, perhaps by us and not synced: fsync must know."""
+        self._syncing = trio.Lock()
         self.is_stale = False
         self.reporting = trio.Lock()
         self._iods = iods
@@ -185,9 +192,10 @@ class OpenFile:
                 await earlier.done.wait()
             piece = extent.piece._replace(length=extent.length)
             sums = piece_sums(piece.offset, extent.buffers)
-            await self._iods.write(self.layout, self.ino, piece, extent.buffers, sums)
+            boot = await self._iods.write(self.layout, self.ino, piece, extent.buffers, sums)
             for iod in self._iods.iods_of(self.layout, piece.column):
-                self.unsynced.add((iod, piece.column))
+                key = (iod, piece.column)
+                self._unsynced[key] = self._unsynced.get(key) or boot
             self._stored_size = max(self._stored_size, extent.stop)
         except Exception as error:  # nobody waits for this task: a bug must not end the mount
             expected = isinstance(error, KaError)
@@ -204,9 +212,40 @@ class OpenFile:
 
     def note_trim(self) -> None:
         """The next fsync must make a truncation durable on every iod of the file."""
-        for column in range(self.layout.stripe_width):
+        self._note_columns(self.layout.stripe_width)
+
+    def _note_columns(self, count: int) -> None:
+        for column in range(count):
             for iod in self._iods.iods_of(self.layout, column):
-                self.unsynced.add((iod, column))
+                self._unsynced.setdefault((iod, column), b"")
+
+    async def sync(self) -> None:
+        """Have the iods put on stable storage what they were given, by whomever.
+
+        One at a time: who comes second must not be told that all is well before it is.
+        """
+        async with self._syncing:
+            self._note_columns(self._unknown_columns)
+            self._unknown_columns = 0
+            groups: dict[tuple[int, bytes], list[int]] = {}
+            for (iod, column), boot in self._unsynced.items():
+                groups.setdefault((iod, boot), []).append(column)
+            self._unsynced = {}
+            await for_each([partial(self._sync, *group) for group in groups.items()])
+
+    async def _sync(self, group: tuple[int, bytes], columns: list[int]) -> None:
+        iod, boot = group
+        message = wire.SyncChunks([[self.ino, column] for column in columns], boot)
+        try:
+            await self._iods.request(iod, message, wire.IodDone)
+        except BaseException as error:
+            if isinstance(error, KaError) and error.code is Code.DATA_LOST:
+                _log.error("sync.failed", ino=self.ino, iod=iod, reason=str(error))
+                self.fail(error)  # for every handle, once: it cannot be mended
+                return
+            for column in columns:
+                self._unsynced[iod, column] = boot or self._unsynced.get((iod, column), b"")
+            raise
 
     async def settle(self) -> None:
         """Wait until everything accepted so far has been answered by the iods."""

@@ -33,13 +33,17 @@ class IodClient(IodLinks):
 
     async def write(
         self, layout: Layout, ino: int, piece: Piece, data: Sequence[Buffer], sums: bytes
-    ) -> None:
-        """Store consecutive buffers as one piece; returns when every replica has it in memory."""
+    ) -> bytes:
+        """Store consecutive buffers as one piece; returns when every replica has it in memory.
+
+        The answer names the boot of the iod's machine: see `wire.SyncChunks`.
+        """
         message = wire.Write(
             self.epoch, ino, piece.column, piece.row, piece.offset, layout.chunk_size, sums, False
         )
         head = self.iods_of(layout, piece.column)[0]
-        await self.call(head, message, wire.IodDone, data=data)
+        answer, _size = await self.call(head, message, wire.IodDone, data=data)
+        return answer.boot
 
     async def read(self, layout: Layout, ino: int, piece: Piece, into: memoryview) -> None:
         """Fill *into* with a piece that begins and ends at block borders.

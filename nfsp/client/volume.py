@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from typing import TypeVar
 
 import trio
@@ -32,7 +31,6 @@ from nfsp.client.iod_client import IodClient
 from nfsp.client.mds_client import MdsClient
 from nfsp.clock import now_ns
 from nfsp.config import ClusterConfig, MountConfig
-from nfsp.iod_links import for_each
 from nfsp.model import Inode
 
 __all__ = ["DirEntry", "Volume"]
@@ -293,20 +291,7 @@ class Volume:
         """Put the file's data and metadata on stable storage; raises write failures."""
         file = handle.file
         await file.settle()
-        by_iod: dict[int, list[list[int]]] = {}
-        unsynced, file.unsynced = file.unsynced, set()
-        for iod, column in unsynced:
-            by_iod.setdefault(iod, []).append([file.ino, column])
-        try:
-            await for_each(
-                [
-                    partial(self.iods.request, iod, wire.SyncChunks(files), wire.IodDone)
-                    for iod, files in by_iod.items()
-                ]
-            )
-        except BaseException:
-            file.unsynced |= unsynced
-            raise
+        await file.sync()
         await self._report(file, durable=True)
         file.raise_new_error(handle)
 

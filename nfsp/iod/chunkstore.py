@@ -134,8 +134,8 @@ class ChunkStore:
         the real ones.
         """
         self._disk = disk or Disk()
-        self._boot_id = boot_id or bytes.fromhex(_BOOT_ID_PATH.read_text().strip().replace("-", ""))
-        assert len(self._boot_id) == BOOT_ID_SIZE
+        self.boot_id = boot_id or bytes.fromhex(_BOOT_ID_PATH.read_text().strip().replace("-", ""))
+        assert len(self.boot_id) == BOOT_ID_SIZE
         self._reserve_bytes = reserve_bytes
         self._data = directory / "data"
         try:
@@ -411,7 +411,7 @@ class ChunkStore:
     # -- helpers
 
     def _make_file(self, inode: int, column: int) -> ChunkFile:
-        return ChunkFile(inode, column, tree=self._tree, disk=self._disk, boot_id=self._boot_id)
+        return ChunkFile(inode, column, tree=self._tree, disk=self._disk, boot_id=self.boot_id)
 
     @contextlib.contextmanager
     def _pinned(self, inode: int, column: int) -> Iterator[ChunkFile]:

@@ -60,6 +60,7 @@ class IodServer:
     def __init__(self, store: ChunkStore, iod: int) -> None:
         self._store = store
         self._iod = iod
+        self._written = Reply(wire.IOD.encode(wire.IodDone(store.boot_id)))
         self._epoch = 0
         self._threads = trio.CapacityLimiter(THREADS_MAX)
         self._turns: dict[tuple[int, int], trio.Lock] = {}
@@ -154,13 +155,13 @@ class IodServer:
         if self._store.exists(*key):
             return None
         self._store_payload(m, payload)
-        return _DONE
+        return self._written
 
     async def _write(self, m: wire.Write, payload: memoryview | None) -> Reply:
         assert payload is not None
         async with self._turn(m.ino, m.column):
             await self._in_thread(self._store_payload, m, payload)
-        return _DONE
+        return self._written
 
     def _store_payload(self, m: wire.Write, payload: memoryview) -> None:
         sums = struct.unpack(f"<{len(m.sums) // 8}Q", m.sums)
@@ -222,6 +223,8 @@ class IodServer:
         return self._data(sums, data)
 
     async def _sync(self, m: wire.SyncChunks, payload: memoryview | None) -> Reply:
+        if m.boot and m.boot != self._store.boot_id:
+            raise KaError(Code.DATA_LOST, "this machine was started anew since the data came")
         await self._in_thread(self._store.sync_many, _pairs(m.files))
         return _DONE
 

@@ -5,10 +5,13 @@ No FUSE.  Daemons are killed and started again; a proxy loses answers and falls 
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import signal
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -22,7 +25,7 @@ import trio
 from common.errors import Code, KaError
 from common.link import Link
 from common.session import Identity
-from nfsp import wire
+from nfsp import status, wire
 from nfsp.client.files import Handle
 from nfsp.client.volume import Volume
 from nfsp.model import ROOT, Inode
@@ -347,6 +350,83 @@ async def test_a_missing_iod_is_an_error_when_patience_is_over(cluster: Cluster)
         assert bytes(await volume.read(reader, 0, 10)) == b"kept"
         await volume.release(reader)
         await volume.release(handle)
+
+
+# ---------------------------------------------------------------- stable storage
+
+
+async def syncs(cluster: Cluster) -> int:
+    """How many syncs of chunk files the iods were asked for."""
+    found = await status.gather(cluster.config, cluster.key)
+    name = "nfsp_iod_requests_total{operation=SyncChunks}"
+    return sum(int(iod["metrics"].get(name, 0)) for iod in found["iod"])
+
+
+async def test_fsync_reaches_what_was_written_through_an_earlier_handle(cluster: Cluster) -> None:
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, fresh(), bytes(3 * CHUNK_SIZE))
+        await volume.flush(handle)
+        await volume.release(handle)
+        handle, _, _ = await volume.open_file(inode.ino, writable=False)
+        before = await syncs(cluster)
+        await volume.fsync(handle)
+        assert await syncs(cluster) == before + 3
+        await volume.fsync(handle)
+        assert await syncs(cluster) == before + 3
+        await volume.release(handle)
+
+
+async def test_a_second_fsync_waits_for_what_the_first_has_begun(cluster: Cluster) -> None:
+    async with opened(cluster) as volume:
+        handle, _ = await make(volume, fresh(), bytes(3 * CHUNK_SIZE))
+        await handle.file.settle()
+        cluster.signal(signal.SIGSTOP, "iod2")
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(volume.fsync, handle)
+                with trio.move_on_after(0.3) as scope:
+                    await volume.fsync(handle)
+                assert scope.cancelled_caught
+                cluster.signal(signal.SIGCONT, "iod2")
+        finally:
+            cluster.signal(signal.SIGCONT, "iod2")
+        await volume.release(handle)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="pretends that the machine was restarted: needs root")
+async def test_fsync_fails_once_if_the_iods_machine_was_restarted(cluster: Cluster) -> None:
+    """The iod cannot know what it had in memory; the writer must not believe that it is safe."""
+    async with opened(cluster) as volume:
+        handle, _ = await make(volume, fresh(), bytes(3 * CHUNK_SIZE))
+        await handle.file.settle()
+        boot = cluster.directory / "boot_id"
+        boot.write_text("01234567-89ab-cdef-0123-456789abcdef\n")
+        await threaded(cluster.kill, "iod2")
+        process = await threaded(start_in_another_boot, cluster, boot)
+        try:
+            with pytest.raises(KaError) as caught:
+                await volume.fsync(handle)
+            assert caught.value.code is Code.DATA_LOST
+            await volume.fsync(handle)
+            await volume.write(handle, CHUNK_SIZE, bytes(10))
+            await volume.fsync(handle)
+            await volume.release(handle)
+        finally:
+            await threaded(cluster.kill, "iod2")
+            await threaded(process.wait)
+            await threaded(cluster.start)
+
+
+def start_in_another_boot(cluster: Cluster, boot: Path) -> subprocess.Popen[bytes]:
+    command = (
+        f"mount --bind {boot} /proc/sys/kernel/random/boot_id && "
+        f"exec {sys.executable} -m nfsp -c {cluster.config_path} iod 2"
+    )
+    process = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", command], stderr=subprocess.DEVNULL
+    )
+    wait_until(lambda: cluster.pid("iod2"), "it runs")
+    return process
 
 
 # ---------------------------------------------------------------- exactly once
