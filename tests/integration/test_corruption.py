@@ -224,6 +224,31 @@ async def test_a_chunk_file_that_is_cut_or_gone_is_noticed(cluster: Cluster) -> 
 # ---------------------------------------------------------------- the metadata store
 
 
+async def test_what_was_answered_before_a_clean_stop_is_never_silently_lost(
+    cluster: Cluster,
+) -> None:
+    """Not even by damage to the journal's last record, which after a crash is just its end."""
+    name = secrets.token_hex(20).encode()
+    async with Volume.open(cluster.config, cluster.key) as volume:
+        await volume.create(ROOT, name, stat.S_IFDIR | 0o755, uid=0, gid=0)
+        await trio.to_thread.run_sync(cluster.stop)
+        data = cluster.config.mds[0].data
+        places = [
+            (path, found.start())
+            for path in (data / "journal.0", data / "journal.1")
+            for found in re.finditer(name, path.read_bytes())
+        ]
+        assert places
+        changes = [flip(path, at, 1) for path, at in places]
+        with pytest.raises(KaError) as caught:
+            await trio.to_thread.run_sync(cluster.start)
+        assert caught.value.code is Code.ENGINE_DAMAGED
+        for (path, at), change in zip(places, changes, strict=True):
+            restore(path, at, change)
+        await trio.to_thread.run_sync(cluster.start)
+        assert (await volume.lookup(ROOT, name)).is_dir
+
+
 async def test_a_damaged_inode_is_an_error_and_a_line_in_the_mds_log(cluster: Cluster) -> None:
     target = secrets.token_hex(30).encode()
     async with Volume.open(cluster.config, cluster.key) as volume:
