@@ -3,7 +3,9 @@
 Owns data.mdb and lock.mdb, the read transaction that serves the event loop, and the guard: LMDB's
 pages have no checksums, so each value is stored behind the XXH3-64 of key and value.  That nothing
 is found is believed only between two neighbours that are whole and in order: a damaged key, or a
-damaged separator above it, would otherwise make a record vanish.
+damaged separator above it, would otherwise make a record vanish.  Not found out like that: damage
+to the few bytes of a page that say how many records it has or where the next page is; fsck notices
+that records are missing.
 
 Invariants
   * data and the state record (checkpoint sequence, epoch) change in one transaction;
@@ -201,8 +203,11 @@ class LmdbStore:
 
     def load(self) -> StoreState | None:
         """Return the state record; None where no store was made yet."""
-        with self._environment.begin(self._meta) as transaction:
-            found = transaction.get(_STATE_KEY)
+        try:
+            with self._environment.begin(self._meta) as transaction:
+                found = transaction.get(_STATE_KEY)
+        except lmdb.Error as error:
+            raise _damaged(error) from error
         return None if found is None else _decode_state(found)
 
     def write(self, overlay: Overlay, state: StoreState) -> None:
