@@ -24,7 +24,7 @@ from common.errors import Code, KaError
 from common.transport import buffers
 from nfsp.client.iod_client import IodClient, piece_sums
 from nfsp.model import BLOCK_SIZE, Inode, Layout, following
-from nfsp.striping import Piece, pieces
+from nfsp.striping import Piece, data_size_max, pieces
 
 __all__ = ["DirtyLimit", "Handle", "OpenFile"]
 
@@ -146,6 +146,8 @@ class OpenFile:
     async def write(self, offset: int, data: memoryview, now_ns: int) -> None:
         """Accept bytes; they must not change afterwards."""
         self._require_kept()
+        if offset + len(data) > data_size_max(self.layout):
+            raise KaError(Code.EFBIG, "beyond what this file's iods can hold", inode=self.ino)
         await self._dirty.wait_room()
         self._dirty.size += len(data)
         is_first = not self.unreported
