@@ -49,6 +49,8 @@ LINK_COUNT_MAX = 1 << 31
 XATTR_NAME_SIZE_MAX = 255
 XATTR_VALUE_SIZE_MAX = 65536
 FILE_SIZE_MAX = (1 << 63) - 1
+COLUMN_SIZE_MAX = 15 << 40
+"""Bytes of one column of a file: with their sums they fit into the 16 TiB of an ext4 file."""
 COOKIE_MAX = (1 << 63) - 1
 TIME_NS_MAX = (1 << 63) - 1
 CLOCK_GRAIN_NS = 20_000_000

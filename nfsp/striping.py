@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nfsp.model import BLOCK_SIZE, Layout
+from nfsp.model import BLOCK_SIZE, COLUMN_SIZE_MAX, Layout
 
-__all__ = ["Piece", "block_spans", "columns_used", "pieces", "place_of"]
+__all__ = ["Piece", "block_spans", "columns_used", "data_size_max", "pieces", "place_of"]
 
 
 class Piece(NamedTuple):
@@ -31,6 +31,11 @@ def place_of(layout: Layout, offset: int) -> tuple[int, int, int]:
     index, inside = divmod(offset, layout.chunk_size)
     row, column = divmod(index, layout.stripe_width)
     return column, row, inside
+
+
+def data_size_max(layout: Layout) -> int:
+    """Return where a file's data must end, whatever its size."""
+    return layout.stripe_width * (COLUMN_SIZE_MAX // layout.chunk_size) * layout.chunk_size
 
 
 def pieces(layout: Layout, offset: int, length: int) -> Iterator[Piece]:

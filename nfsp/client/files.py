@@ -27,7 +27,7 @@ from nfsp import wire
 from nfsp.client.iod_client import IodClient, piece_sums
 from nfsp.iod_links import for_each
 from nfsp.model import BLOCK_SIZE, Inode, Layout, following
-from nfsp.striping import Piece, columns_used, pieces
+from nfsp.striping import Piece, columns_used, data_size_max, pieces
 
 __all__ = ["DirtyLimit", "Handle", "OpenFile"]
 
@@ -153,6 +153,8 @@ class OpenFile:
     async def write(self, offset: int, data: memoryview, now_ns: int) -> None:
         """Accept bytes; they must not change afterwards."""
         self._require_kept()
+        if offset + len(data) > data_size_max(self.layout):
+            raise KaError(Code.EFBIG, "beyond what this file's iods can hold", inode=self.ino)
         await self._dirty.wait_room()
         self._dirty.size += len(data)
         is_first = not self.unreported

@@ -67,6 +67,17 @@ def _stored(cluster: Cluster) -> int:
     )
 
 
+def test_writing_beyond_what_iods_can_hold_is_efbig_at_once(root: Path) -> None:
+    with (root / "file").open("w+b", buffering=0) as stream:
+        for at in (1 << 50, 1 << 62, (1 << 63) - 2):
+            with pytest.raises(OSError) as caught:
+                os.pwrite(stream.fileno(), b"x", at)
+            assert caught.value.errno == errno.EFBIG
+        os.pwrite(stream.fileno(), b"x", (45 << 40) - 1)
+        os.fsync(stream.fileno())
+        assert os.fstat(stream.fileno()).st_size == 45 << 40
+
+
 def test_data_are_spread_over_all_iods(root: Path, cluster: Cluster) -> None:
     def shares() -> list[int]:
         return [

@@ -10,6 +10,7 @@ from nfsp.striping import (
     block_spans,
     column_cut,
     columns_used,
+    data_size_max,
     file_offset,
     pieces,
     place_of,
@@ -103,3 +104,9 @@ def test_block_spans_cover_the_length_and_cross_no_block_border(offset: int, len
         assert stop == length or (offset + stop) % BLOCK_SIZE == 0
         position = stop
     assert position == length
+
+
+@given(LARGE)
+def test_all_data_with_their_headers_fit_into_files_of_16_tib(layout: Layout) -> None:
+    _column, row, _inside = place_of(layout, data_size_max(layout) - 1)
+    assert (row + 1) * (layout.chunk_size + 4096) < 16 << 40
