@@ -367,7 +367,6 @@ def check_mountpoint(path: str) -> None:
     if not os.path.exists("/dev/fuse"):
         raise KaError(Code.USAGE, "/dev/fuse is missing: load the kernel module (modprobe fuse)")
     try:
-        os.statvfs(path)  # unlike stat, never answered from the kernel's cache
         is_directory = stat.S_ISDIR(os.stat(path).st_mode)
         os.statvfs(path)  # never answered from the kernel's cache
     except OSError as error:
