@@ -10,10 +10,9 @@ Invariants
   * a node's place never needs the other nodes: splitting an edge moves nobody (`_settle`).
 
 A line keeps its newline.  A last line without one is given it, as clush and dshbak do, unless the
-fold is `exact`.  What is longer than LINE_SIZE_MAX is kept in pieces, so that binary output without
-newlines is bounded in what each node holds back.
+fold is `exact`.
 
-Not here: names, exit codes, headers (karun/gathered.py).
+Not here: what a line is (karun/lines.py); names, exit codes, headers (karun/output.py).
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from karun.lines import STDERR, STDOUT, Lines
+
 __all__ = ["Fold", "Group", "diff"]
 
-LINE_SIZE_MAX = 64 << 10
-STDOUT, STDERR = 1, 2
 DIFF_LINES_MAX = 20_000
 """Lines up to which two outputs are compared line by line: a second or so."""
 
@@ -66,7 +65,7 @@ class Fold:
         self._edges = [_Edge(-1, array(_INDEX))]
         self._edge_of = array(_INDEX, bytes(array(_INDEX).itemsize * node_count))
         self._offset_of = array(_INDEX, self._edge_of)
-        self._partial: dict[tuple[int, int], bytearray] = {}
+        self._unfinished = Lines()
         self._tip_count = [node_count]
         """Of each edge: how many nodes are on it, or in what was split off from it."""
 
@@ -82,30 +81,14 @@ class Fold:
 
     def feed(self, node: int, data: bytes, stream: int = STDOUT) -> None:
         """Take what a node wrote.  Streams are merged line by line, as their lines become whole."""
-        held = self._partial.pop((node, stream), None)
-        if held is not None:
-            held += data
-            data = bytes(held) if b"\n" in data or len(held) >= LINE_SIZE_MAX else b""
-            if not data:
-                self._partial[node, stream] = held
-                return
-        begin = 0
-        while begin < len(data):
-            limit = begin + LINE_SIZE_MAX
-            end = data.find(b"\n", begin, limit) + 1
-            if end == 0:
-                if len(data) < limit:
-                    self._partial[node, stream] = bytearray(data[begin:])
-                    return
-                end = limit
-            self._append(node, data[begin:end])
-            begin = end
+        for line in self._unfinished.feed(node, stream, data):
+            self._append(node, line)
 
     def close(self, node: int) -> None:
         """A node writes no more: its unfinished lines are lines."""
         for stream in (STDOUT, STDERR):
-            if rest := self._partial.pop((node, stream), None):
-                self._append(node, bytes(rest if self._exact else rest + b"\n"))
+            if rest := self._unfinished.close(node, stream):
+                self._append(node, rest if self._exact else rest + b"\n")
 
     def groups(self, nodes: Iterable[int]) -> list[Group]:
         """Return the nodes grouped by equal lines: the largest group first, then by rank."""

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karun.fold import DIFF_LINES_MAX, LINE_SIZE_MAX, STDERR, STDOUT, Fold, Group, diff
+from karun.fold import DIFF_LINES_MAX, Fold, Group, diff
+from karun.lines import LINE_SIZE_MAX, STDERR, STDOUT
 
 
 def folded(fold: Fold, nodes: int) -> list[tuple[tuple[int, ...], bytes]]:
