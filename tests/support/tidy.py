@@ -78,6 +78,7 @@ PURE: frozenset[str] = frozenset(
         "karun/lines.py",
         "karun/naming.py",
         "karun/output.py",
+        "karun/pmi.py",
         "karun/results.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
