@@ -79,6 +79,8 @@ PURE: frozenset[str] = frozenset(
         "karun/naming.py",
         "karun/output.py",
         "karun/pmi.py",
+        "karun/progress.py",
+        "karun/prompt.py",
         "karun/results.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
