@@ -79,6 +79,7 @@ PURE: frozenset[str] = frozenset(
         "karun/naming.py",
         "karun/output.py",
         "karun/pmi.py",
+        "karun/power.py",
         "karun/progress.py",
         "karun/prompt.py",
         "karun/results.py",
