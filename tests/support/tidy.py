@@ -55,6 +55,7 @@ ONLY_IMPORTER: dict[str, str | None] = {
     "paramiko": None,  # nobody yet
     "prometheus_client": "common/metrics.py",
     "pyfuse3": "nfsp/client/fuse.py",
+    "rich": "karun/top_table.py",
     "xxhash": "common/checksum.py",
 }
 
@@ -83,6 +84,8 @@ PURE: frozenset[str] = frozenset(
         "karun/progress.py",
         "karun/prompt.py",
         "karun/results.py",
+        "karun/sampler.py",
+        "karun/top.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
         "nfsp/fsck/entries.py",
