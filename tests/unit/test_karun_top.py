@@ -116,6 +116,21 @@ def test_what_the_agent_runs_imports_nothing(name: str) -> None:
     assert found.stdout == "['__future__']\n"
 
 
+def test_this_machine_has_a_row() -> None:
+    monitor = Monitor(1, 1)
+    first = second = sampler.sample()
+    while second[0] == first[0] or second[5] == first[5]:
+        second = sampler.sample()
+    monitor.take(0, first, 0)
+    monitor.take(0, second, 1)
+    found = monitor.of(0, 1)
+    assert isinstance(found, Rates)
+    assert found.cpu is not None
+    assert found.memory is not None
+    [row] = monitor.rows(1)
+    assert len(row.cells) == len(COLUMNS)
+
+
 # ---------------------------------------------------------------- rates and rows
 
 
