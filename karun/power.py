@@ -35,6 +35,9 @@ class Verdict(enum.Enum):
     UP = "up"
     FAILED = "failed"
     SKIPPED = "skipped"
+    """Not begun, because too many others failed or everything was stopped."""
+    UNFINISHED = "unfinished"
+    """Ordered when everything was stopped: it goes on, and nobody looks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ class _Node:
         self.ordered_at = 0.0
         self.is_down = False
         self.verdict = Verdict.SKIPPED
-        self.reason = "not begun, too many others failed"
+        self.reason = ""
 
 
 class Reboot:
@@ -178,7 +181,7 @@ class Reboot:
 
     def verdicts(self) -> Iterator[tuple[Verdict, str]]:
         """Yield verdict and reason of each node, by rank."""
-        return ((node.verdict, node.reason) for node in self._nodes)
+        return map(self._verdict, self._nodes)
 
     def exit_code(self) -> int:
         """Return 0 when all came back, 2 when some did, 1 when none did."""
@@ -192,6 +195,14 @@ class Reboot:
             if end[0] is not Verdict.UP:
                 found.setdefault(end, []).append(rank)
         return [f"{names.fold(ranks)}: {reason}" for (_, reason), ranks in found.items()]
+
+    def _verdict(self, node: _Node) -> tuple[Verdict, str]:
+        if node.phase is _Phase.OVER:
+            return node.verdict, node.reason
+        if node.phase in (_Phase.ORDERED, _Phase.PROBED, _Phase.RESTING):
+            return Verdict.UNFINISHED, "ordered, and not yet seen to come back"
+        too_many = self._failed_count >= self._failures_max
+        return Verdict.SKIPPED, "not begun, too many others failed" if too_many else "not begun"
 
     def _under_way(self) -> Iterator[int]:
         return (rank for rank in range(self._begun_count) if self._nodes[rank].phase in _UNDER_WAY)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 
 from common.errors import KaError
 from karun.hands import BOOT_ID_FILE, ProcessHands, words
+from karun.lines import STDERR, STDOUT
 from karun.power import Policy, Verdict
 from karun.reboot import reboot
+from karun.rebooting import main
 
 # ssh's place is taken by: sh SSH NODE 'COMMAND'.  A node boots in a moment; `flag` is there while
 # it is up.
@@ -39,8 +46,7 @@ def cluster(tmp_path: Path) -> Path:
 
 
 def hands(cluster: Path, hard: list[str] | None = None) -> ProcessHands:
-    names = ["n1", "n2", "n3", "gone"]
-    return ProcessHands(names, ["sh", str(cluster / "ssh"), "%h"], hard=hard)
+    return ProcessHands(NAMES, ["sh", str(cluster / "ssh"), "%h"], hard=hard)
 
 
 async def test_a_boot_id_is_asked_for_over_the_connector(cluster: Path) -> None:
@@ -66,6 +72,61 @@ async def test_nodes_reboot_one_after_the_other(cluster: Path) -> None:
         (Verdict.UP, ""),
         (Verdict.FAILED, "unreachable before the reboot"),
     ]
+
+
+class Screen:
+    has_reader = True
+
+    def __init__(self) -> None:
+        self.text = {STDOUT: b"", STDERR: b""}
+
+    def write(self, stream: int, data: bytes) -> None:
+        self.text[stream] += data
+
+
+NAMES = ["n1", "n2", "n3", "gone"]
+POLICY = Policy(window=2, failures_max=9, probe_s=0.05, ask_s=10, order_s=10)
+
+
+def test_the_command_prints_verdicts_folded(cluster: Path) -> None:
+    screen = Screen()
+    assert main(NAMES, POLICY, hands(cluster), screen) == 2
+    assert screen.text[STDOUT] == b"n[1,3]: up\n"
+    assert screen.text[STDERR].decode() == (
+        "karun: n2: would not reboot (sudo: a password is required)\n"
+        "karun: gone: unreachable before the reboot\n"
+    )
+
+
+def test_the_command_prints_json(cluster: Path) -> None:
+    screen = Screen()
+    assert main(NAMES, POLICY, hands(cluster), screen, as_json=True) == 2
+    *records, summary = map(json.loads, screen.text[STDOUT].splitlines())
+    assert records[0] == {"type": "node", "node": "n1", "rank": 0, "state": "up", "reason": None}
+    assert [record["state"] for record in records] == ["up", "failed", "up", "failed"]
+    assert summary == {
+        "type": "summary", "nodes": 4, "up": 2, "failed": 2, "skipped": 0, "unfinished": 0,
+        "exit_code": 2,
+    }  # fmt: skip
+
+
+def test_an_interrupted_command_tells_what_was_ordered_and_what_was_not(cluster: Path) -> None:
+    class Interrupted(ProcessHands):
+        asked_count = 0
+
+        async def boot_id(self, node: int) -> str:
+            self.asked_count += 1
+            if self.asked_count == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                await trio.sleep_forever()
+            return await super().boot_id(node)
+
+    screen = Screen()
+    ours = Interrupted(NAMES, ["sh", str(cluster / "ssh"), "%h"])
+    assert main(NAMES, replace(POLICY, window=1), ours, screen) == 130
+    assert screen.text[STDERR].decode() == (
+        "karun: n1: ordered, and not yet seen to come back\nkarun: gone,n[2-3]: not begun\n"
+    )
 
 
 async def test_a_hard_reboot_is_a_command_here_with_the_nodes_name(cluster: Path) -> None:
