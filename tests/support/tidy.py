@@ -72,6 +72,8 @@ PURE: frozenset[str] = frozenset(
         "common/broadcast/outcome.py",
         "common/broadcast/pace.py",
         "common/broadcast/planner.py",
+        "common/broadcast/scenario.py",
+        "common/broadcast/simulator.py",
         "common/broadcast/topology.py",
         "common/broadcast/upstream.py",
         "common/broadcast/wire.py",
