@@ -105,6 +105,8 @@ class HopOptions:
     """How often a node leaves a parent that lives because it is slow."""
     expected_rate: float = 0.0
     """Of the plan; tells the source that its only child is slow, when it has none to compare."""
+    expected_uplink_rate: float = 0.0
+    """Of the plan; without it nobody in another rack is found slow: it may be the uplink."""
     rate_limit: float = 0.0
     """Of what a node sends."""
     verify_count_max: int = 3
@@ -185,6 +187,10 @@ class Node:
         """Return whether *other* is ahead of this node in a tree: it may feed it."""
         positions = self.tree(index).positions
         return positions[other] < positions[self.rank]
+
+    def is_in_rack(self, other: int) -> bool:
+        rack_of = self.topology.rack_of
+        return rack_of[other] == rack_of[self.rank]
 
     def send(self, peer: int, message: Message) -> None:
         self.actions.append(Send(peer, message))

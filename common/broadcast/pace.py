@@ -6,9 +6,11 @@ link, the same for all children however many there are, unless the child itself 
 compared with the best that another child has shown, and with what this node is fed itself.
 
 Judged only over at least `slow_s`, and when a child at the reference pace would have acknowledged
-two windows: the first window's acks come in a lump.  The source, which is fed by nobody and may
-have one child, compares with the plan, but once: if the whole network were slower than planned it
-would make leaves of all its nodes.  For the same reason a node makes few (`DEMOTE_COUNT_MAX`).
+two windows: the first window's acks come in a lump.  A child in another rack is compared with what
+the plan says of the uplink, and with nothing else: the link there is not this node's.  The source,
+which is fed by nobody and may have one child, compares with the plan, but once: if the whole
+network were slower than planned it would make leaves of all its nodes.  For the same reason a node
+makes few (`DEMOTE_COUNT_MAX`).
 """
 
 from __future__ import annotations
@@ -127,13 +129,15 @@ class Paces:
     def _reference(self, peer: int, pace: Pace, now: float) -> float:
         """Return what the link could do, in chunks a second, as far as anything tells."""
         node = self._node
+        tree_count = len(node.topology.trees)
+        if not node.is_in_rack(peer):
+            return node.options.expected_uplink_rate / node.chunk_size / tree_count
         gained = node.have_count(self._index) - pace.own_count
         self._own_best = max(self._own_best, gained / (now - pace.began_s))
         best = [self._own_best]
         best.extend(found for rank, found in self._best.items() if rank != peer)
         if node.rank == SOURCE and not self._plan_was_used:
-            trees = len(node.topology.trees)
-            best.append(node.options.expected_rate / node.chunk_size / trees)
+            best.append(node.options.expected_rate / node.chunk_size / tree_count)
         return max(best)
 
     def _found(self, peer: int, pace: Pace, busy_s: float, shared_s: float) -> float:

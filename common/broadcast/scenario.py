@@ -61,6 +61,8 @@ class Scenario:
     chunk_size: int = 1 << 18
     link_rate: float = LINK_RATE
     latency_s: float = 0.0002
+    uplink_rate: float = 0.0
+    """Of each rack, each way; 0 for "not a limit"."""
     disk_rate: float = 4e8
     damaged_share: float = 0.0
     """Of chunks on the wire."""

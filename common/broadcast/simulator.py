@@ -10,6 +10,7 @@ verified, unless it was given a deadline.  A breach raises `Breach`.
 
 Links: a sender's connections take turns, a chunk each, at its rate; chunks come in one after the
 other at the receiver's rate.  A slow receiver does not block its sender's other connections.
+What leaves a rack takes its turn on the uplink of that rack and of the other.
 Messages take the latency, and stay behind what was sent before them.  A cut delays what is under
 way until it is healed, as TCP would, if the connection lives that long.
 """
@@ -61,6 +62,8 @@ class Outcome:
     chunks_sent: int
     duplicate_count: int
     damaged_count: int
+    crossing_count: int
+    """Chunks that went from one rack to another."""
     event_count: int
     longest_stall_s: float
     """The longest that a healthy node had to wait for its next chunk, the first one apart."""
@@ -117,6 +120,7 @@ class Simulation:
         self.now = 0.0
         self.event_count = 0
         self.chunks_sent = 0
+        self.crossing_count = 0
         self.trace: Callable[[float, int, Action], None] | None = None
         self._rng = rng
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -127,6 +131,8 @@ class Simulation:
             bytes(16), "simulated", size, scenario.chunk_size, Algorithm.XXH3, sums
         )
         self._links: dict[tuple[int, int], _Link] = {}
+        self._uplinks_s: dict[tuple[int, bool], float] = {}
+        """By rack, and whether outwards: when the uplink is free."""
         self._neighbours: list[set[int]] = [set() for _ in range(self._topology.rank_count)]
         self._summary: Summary | None = None
         self._machines = [
@@ -253,7 +259,8 @@ class Simulation:
         came_s = max(self.now, receiver.came_s) + self.scenario.chunk_size / receiver.rate
         receiver.came_s = came_s
         link = self._link(rank, peer)
-        arrival_s = max(self.now + took_s, came_s) + self.scenario.latency_s
+        crossed_s = self._cross(rank, peer)
+        arrival_s = max(self.now + took_s, came_s, crossed_s) + self.scenario.latency_s
         arrival_s = max(arrival_s, link.arrival_s.get(peer, 0.0))
         link.arrival_s[peer] = sender.under_way[peer] = arrival_s
         state = sender.sink[chunk] or RIGHT  # from memory, if it is not written yet
@@ -261,6 +268,20 @@ class Simulation:
             state = WRONG
         self._at(arrival_s, self._arrive, rank, peer, link.generation, None, chunk, state)
         self._at(self.now + took_s, self._send_next, rank, life)
+
+    def _cross(self, rank: int, peer: int) -> float:
+        """Take a chunk's turn on the uplinks between two racks; return when it is over."""
+        racks = self._topology.rack_of[rank], self._topology.rack_of[peer]
+        if racks[0] == racks[1]:
+            return self.now
+        self.crossing_count += 1
+        if not self.scenario.uplink_rate:
+            return self.now
+        ends = (racks[0], True), (racks[1], False)
+        free_s = max(self.now, *(self._uplinks_s.get(end, 0.0) for end in ends))
+        free_s += self.scenario.chunk_size / self.scenario.uplink_rate
+        self._uplinks_s.update(dict.fromkeys(ends, free_s))
+        return free_s
 
     def _arrive(
         self, rank: int, peer: int, generation: int, message: Message, chunk: int, state: int
@@ -460,6 +481,7 @@ class Simulation:
             chunks_sent=self.chunks_sent,
             duplicate_count=sum(machine.hop.duplicate_count for machine in self._machines),
             damaged_count=sum(machine.hop.damaged_count for machine in self._machines),
+            crossing_count=self.crossing_count,
             event_count=self.event_count,
             longest_stall_s=max((machine.stall_s for machine in healthy), default=0.0),
             finished_s={

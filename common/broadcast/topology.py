@@ -130,6 +130,8 @@ class Topology:
     trees: tuple[Tree, ...]
     control: Tree
     """Reports go up and the end comes down here: it is shallow where the data go down a chain."""
+    rack_of: tuple[int, ...]
+    """By rank."""
 
     @property
     def kind(self) -> Kind:
@@ -173,7 +175,8 @@ def build(shape: Shape) -> Topology:
         case Kind.MULTICAST:
             forest = [_by_rack(lambda size: _k_ary(size, REPAIR_FANOUT), shape.racks)]
     control = _by_rack(lambda size: _k_ary(size, CONTROL_FANOUT), shape.racks)
-    return Topology(shape, tuple(_tree(children) for children in forest), _tree(control))
+    rack_of = (0, *(rack for rack, size in enumerate(shape.racks) for _ in range(size)))
+    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of)
 
 
 def _tree(children: Children) -> Tree:

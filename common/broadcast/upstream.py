@@ -143,8 +143,8 @@ class Upstream:
 
     def heard_alive(self, message: Alive, now: float) -> None:
         self.parent_have_count = message.have_count
-        if self.index == self.node.control_index:
-            return
+        if self.index == self.node.control_index or not self.node.is_in_rack(self.parent):
+            return  # a parent in another rack passes on what the uplink lets through
         options = self.node.options
         began_s, mine, theirs = self._lag
         count, span_s = self.node.have_count(self.index), now - began_s
