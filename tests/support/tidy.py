@@ -83,6 +83,7 @@ PURE: frozenset[str] = frozenset(
         "common/framing.py",
         "common/messages.py",
         "common/session.py",
+        "karun/launch_plan.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
         "nfsp/fsck/entries.py",
