@@ -67,6 +67,7 @@ SAMPLE_COUNT_MIN = 8
 LATE_FACTOR = 3.0
 LATE_FACTOR_MIN = 1.25
 """Of the median: where all are alike, a moment more is not late."""
+PATIENCE_FACTOR = 4.0
 HEDGE_PART = 10
 """At most one call in so many is hedged."""
 BATCH_COUNT_MAX = 2000
@@ -393,9 +394,17 @@ class Caller:
     def _has_room(self, late_s: float, now: float) -> bool:
         if len(self._calls) < self.plan.window_count:
             return True
-        late_s = late_s or 4 * self.plan.ready_s
-        current = sum(now - calls[-1].began_s < late_s for calls in self._calls.values())
+        patience_s = self._patience_s(late_s)
+        current = sum(now < calls[-1].began_s + patience_s for calls in self._calls.values())
         return current < self.plan.window_count
+
+    def _patience_s(self, late_s: float) -> float:
+        """Return how long a call occupies the window.
+
+        Longer than it takes to be late: when this host is short of processor all calls are late,
+        and more of them at once would make it worse.
+        """
+        return max(PATIENCE_FACTOR * self.plan.ready_s, 2 * late_s)
 
     def _second_try(self, late_s: float, now: float) -> int:
         """Return a rank that should be called once more, or -1."""
@@ -455,11 +464,14 @@ class Caller:
         return call.stage_s + self.plan.stages[call.stage][1]
 
     def _set_wake(self, late_s: float, now: float) -> None:
-        """The next deadline, or when a call becomes late and there is time to hedge it."""
+        """The next deadline, or when a late call can be hedged or leaves the window."""
         wake_s = min((due_s for due_s, _ in self._orphans), default=1e18)
+        patience_s = self._patience_s(late_s) if self.stock and not self._starting else 0.0
         for rank, calls in self._calls.items():
             for call in calls:
                 wake_s = min(wake_s, self._deadline_s(call))
+            if calls[-1].began_s + patience_s > now:
+                wake_s = min(wake_s, calls[-1].began_s + patience_s)
             if late_s and self._attempts[rank] == 1:
                 due_s = calls[0].began_s + late_s
                 if due_s > now:

@@ -141,6 +141,14 @@ def test_calls_are_made_one_after_the_other_while_there_is_room() -> None:
     assert kinds(caller.failed(1, 1, 0.03)) == [("give up", 1), ("connect", 3)]
 
 
+def test_a_window_full_of_silent_hosts_opens_after_a_while() -> None:
+    caller, _ = started(3, window_count=2)
+    caller.called(0.01)
+    caller.called(0.02)
+    assert 0.3 < caller.wake_s < 1
+    assert kinds(caller.tick(caller.wake_s)) == [("connect", 3)]
+
+
 def test_each_stage_has_its_deadline() -> None:
     caller, _ = started(1)
     caller.called(0.01)
