@@ -7,7 +7,9 @@ random: it is printed, with its scenario, when it fails.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -234,27 +236,11 @@ def test_the_simulator_catches_a_hop_that_forgets_its_orphans(
         play(after_a_fault(CHAIN, dead, stall_s=1e9, slow_fraction=0.0, quiet_s=9))
 
 
-def test_a_chain_of_four_heals_like_this() -> None:
+def test_a_chain_of_four_heals_as_the_document_says() -> None:
     silent = Fault(FaultKind.POWER_OFF, 2, at_s=0.5)
     scenario = Scenario(Shape(Kind.CHAIN, (4,)), link_rate=RATE / 2, faults=(silent,))
     lines = [line for line in trace_of(scenario) if "WriteChunk" not in line]
     begin = next(index for index, line in enumerate(lines) if "Disconnect" in line)
-    lost = "others={2: Entry(verdict=<Verdict.LOST: 1>, attempt=1, reason='silent for 0.8 s')}"
-    assert lines[begin:] == [
-        "1.200 0: Disconnect(peer=2, reason='silent for 0.8 s')",
-        "1.300 1: Disconnect(peer=2, reason='silent for 0.8 s')",
-        "1.300 1 -> 3 Adopt tree=0 instead_of=2 lives=False reason=silent for 0.8 s",
-        "1.300 3: Disconnect(peer=2, reason='silent for 0.8 s')",
-        r"1.300 3 -> 1 Attach tree=0 attempt=2 have=b'\x00\x00\x15' redirect_count=0",
-        "1.300 1 -> 3 Accept tree=0 attempt=2 have_count=61",
-        "1.343 1: VerifySink()",
-        "2.203 3: VerifySink()",
-        "2.224 4: VerifySink()",
-        "4.600 0 -> 1 Finish",
-        "4.600 0 -> 3 Finish",
-        "4.600 0 -> 4 Finish",
-        f"4.600 0: Finished(summary=Summary(verified=26, {lost}, notes={{}}), complaint='')",
-        "4.600 1: Finished(summary=Summary(verified=2, others={}, notes={}), complaint='')",
-        "4.600 3: Finished(summary=Summary(verified=8, others={}, notes={}), complaint='')",
-        "4.600 4: Finished(summary=Summary(verified=16, others={}, notes={}), complaint='')",
-    ]
+    document = Path(__file__).parents[2] / "docs" / "broadcast.md"
+    (block,) = re.findall(r"```trace\n(.*?)```", document.read_text(), re.DOTALL)
+    assert lines[begin:] == block.splitlines()
