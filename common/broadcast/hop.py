@@ -48,6 +48,7 @@ from common.broadcast.wire import (
     Demote,
     Finish,
     Leave,
+    Nack,
     Refuse,
     Report,
     Want,
@@ -125,6 +126,7 @@ class Hop:
             Demote: self._demote,
             Report: self._report,
             Finish: self._finish,
+            Nack: self._nack,
         }
 
     # ------------------------------------------------------------ events
@@ -342,6 +344,9 @@ class Hop:
 
     def _finish(self, peer: int, message: Finish, now: float) -> None:
         self._end("")
+
+    def _nack(self, peer: int, message: Nack, now: float) -> None:
+        """The multicast pass is over here: that child will soon attach."""
 
     def _is_child(self, peer: int, index: int, now: float) -> bool:
         """Return whether *peer* is; if it takes itself for one, tell it."""

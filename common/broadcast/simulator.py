@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,11 @@ class _Link:
 class Simulation:
     """One run of one scenario."""
 
-    def __init__(self, scenario: Scenario, rng: Rng) -> None:
+    def __init__(
+        self, scenario: Scenario, rng: Rng, *, have: Mapping[int, int] | None = None
+    ) -> None:
+        """*have*: by rank, the chunks that its sink holds beforehand."""
+        have = have or {}
         self.scenario = scenario
         self.now = 0.0
         self.event_count = 0
@@ -137,13 +141,22 @@ class Simulation:
         self._summary: Summary | None = None
         self._machines = [
             _Machine(
-                Hop(rank, self._topology, self._manifest, scenario.options),
+                Hop(
+                    rank,
+                    self._topology,
+                    self._manifest,
+                    scenario.options,
+                    have=have.get(rank, 0),
+                ),
                 scenario.chunk_count,
                 scenario.link_rate,
                 scenario.disk_rate,
             )
             for rank in range(self._topology.rank_count)
         ]
+        for rank, chunks in have.items():
+            for chunk in chunkset.indexes(chunks):
+                self._machines[rank].sink[chunk] = RIGHT
 
     def run(self) -> Outcome:
         """Run to the end; raises Breach."""

@@ -22,6 +22,7 @@ __all__ = [
     "Demote",
     "Finish",
     "Leave",
+    "Nack",
     "Refuse",
     "Report",
     "Want",
@@ -148,3 +149,12 @@ class Finish(NamedTuple):
     """Parent to child on the control tree: the source has closed the transfer."""
 
     transfer: bytes
+
+
+@HOP.message(13)
+class Nack(NamedTuple):
+    """Child to parent in the repair tree during a multicast pass: what receivers lack."""
+
+    transfer: bytes
+    gaps: list[Any]
+    """[chunk, receivers that lack something of it, pieces that they lost, which ones] each."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import click
 
@@ -21,8 +21,10 @@ from common.broadcast.wire import Ack, Alive, Report
 __all__ = ["play", "run_seed", "trace_of"]
 
 
-def play(scenario: Scenario, seed: int = 1) -> Outcome:
-    return Simulation(scenario, random.Random(seed)).run()
+def play(
+    scenario: Scenario, seed: int = 1, *, have: Mapping[int, int] | None = None
+) -> Outcome:
+    return Simulation(scenario, random.Random(seed), have=have).run()
 
 
 def run_seed(

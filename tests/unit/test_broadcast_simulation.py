@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.broadcast.cost import Network, predict
 from common.broadcast.hop import Hop
@@ -72,6 +74,14 @@ def test_each_chunk_crosses_a_slow_uplink_between_two_racks_once(kind: Kind) -> 
     assert found.crossing_count == 192
     assert found.summary.notes == {}
     assert found.seconds < 1.1 * 192 * slow.chunk_size / slow.uplink_rate
+
+
+@given(st.lists(st.integers(0, (1 << 24) - 1), min_size=9, max_size=9))
+@settings(max_examples=20)
+def test_what_nodes_have_already_does_not_travel(have: list[int]) -> None:
+    found = play(Scenario(Shape(Kind.KARY, (9,)), chunk_count=24), have=dict(enumerate(have, 1)))
+    assert found.summary.exit_code == 0
+    assert found.chunks_sent == sum(24 - chunks.bit_count() for chunks in have)
 
 
 def test_an_empty_transfer_ends_at_once() -> None:
