@@ -236,7 +236,7 @@ class Downstream:
         child = self.children[peer]
         if chunk in child.in_flight:
             child.in_flight.remove(chunk)
-            self._paces.acked(child.pace)
+            self._paces.acked(child.pace, now)
         child.progress_s = now
         self.feed(peer, now)
         if len(child.in_flight) < self.node.options.window_count:

@@ -34,6 +34,7 @@ class Pace:
         "busy",
         "busy_s",
         "own_count",
+        "primed",
         "shared_s",
         "shared_since_s",
         "since_s",
@@ -43,10 +44,13 @@ class Pace:
         self.began_s = -1.0
         """When the account began; before the first full window: never."""
         self.busy = False
+        """The window is full."""
+        self.primed = False
+        """And something was acknowledged since: only then a time is measured between two acks.
+        The first one comes soon, of what was sent long before."""
         self.since_s = 0.0
-        """Since when the window is full."""
         self.busy_s = 0.0
-        """How long it was full, before `since_s`."""
+        """How long it was full and primed, before `since_s`."""
         self.acked_count = 0
         """What was acknowledged out of a full window."""
         self.own_count = 0
@@ -81,8 +85,7 @@ class Paces:
             return
         self._add_up(now)
         self._busy_count += 1
-        pace.busy = True
-        pace.since_s, pace.shared_since_s = now, self._shared_s
+        pace.busy, pace.primed = True, False
         if pace.began_s < 0:
             self._open(pace, now)
 
@@ -93,13 +96,19 @@ class Paces:
         self._add_up(now)
         pace.busy = False
         self._busy_count -= 1
-        pace.busy_s += now - pace.since_s
-        pace.shared_s += self._shared_s - pace.shared_since_s
+        if pace.primed:
+            pace.busy_s += now - pace.since_s
+            pace.shared_s += self._shared_s - pace.shared_since_s
         if pace.busy_s >= LEAST_S and pace.acked_count >= self._node.options.window_count:
             self._found(peer, pace, pace.busy_s, pace.shared_s)
 
-    def acked(self, pace: Pace) -> None:
-        pace.acked_count += pace.busy
+    def acked(self, pace: Pace, now: float) -> None:
+        if pace.primed:
+            pace.acked_count += pace.busy
+        elif pace.busy:
+            self._add_up(now)
+            pace.primed = True
+            pace.since_s, pace.shared_since_s = now, self._shared_s
 
     def restart(self, pace: Pace, now: float) -> None:
         """This node itself did not run: what was measured means nothing."""
@@ -108,7 +117,7 @@ class Paces:
     def is_slow(self, peer: int, pace: Pace, now: float) -> bool:
         """Judge a child whose window is full."""
         options = self._node.options
-        if not pace.busy:
+        if not (pace.busy and pace.primed):
             return False
         busy_s = pace.busy_s + now - pace.since_s
         if busy_s < options.slow_s:

@@ -21,9 +21,7 @@ from common.broadcast.wire import Ack, Alive, Report
 __all__ = ["play", "run_seed", "trace_of"]
 
 
-def play(
-    scenario: Scenario, seed: int = 1, *, have: Mapping[int, int] | None = None
-) -> Outcome:
+def play(scenario: Scenario, seed: int = 1, *, have: Mapping[int, int] | None = None) -> Outcome:
     return Simulation(scenario, random.Random(seed), have=have).run()
 
 
