@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +224,16 @@ def test_the_module_loads_nothing_else() -> None:
     command = [sys.executable, "-I", "-S", "-c", code]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert set(loaded) <= {"__future__", "karun.launch_plan"}
+
+
+def test_the_document_names_every_event_and_action() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "launch.md").read_text()
+    _, events, actions = re.split(r"^## (?:Events|Actions)$", text, flags=re.MULTILINE)
+    methods = {
+        name
+        for name, one in vars(Caller).items()
+        if inspect.isfunction(one) and not name.startswith("_")
+    }
+    constants = {name for name in launch_plan.__all__ if name.isupper()} - {"STAGES"}
+    assert set(re.findall(r"^\| `(\w+)`", events, re.MULTILINE)) == methods
+    assert set(re.findall(r"^\| `(\w+)`", actions, re.MULTILINE)) == constants
