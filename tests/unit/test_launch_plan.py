@@ -199,6 +199,17 @@ def test_a_child_learns_the_times_with_its_work() -> None:
     (give,) = [action for action in actions if action.kind == "give"]
     assert give.times[1] == pytest.approx(0.3)
     assert give.times[2] == pytest.approx(0.9)
+    child = Caller(LaunchPlan(), is_head=False)
+    child.given(give.ranks, 0.4, times=give.times)
+    assert child.plan.times == give.times
+
+
+def test_calls_that_cost_the_caller_nothing_are_planned_too() -> None:
+    caller, _ = started(1000, times=(0.01, 2.0, 0.0))
+    for rank in range(1, 21):
+        caller.called(rank * 1e-6)
+    (give,) = [one for one in caller.ready(1, 1, 60.0) if one.kind == "give"]
+    assert 0 < len(give.ranks) < 1000
 
 
 def test_orphans_that_come_back_by_themselves_are_not_called_again() -> None:
