@@ -1,6 +1,6 @@
 """Command line of karun, which starts and controls processes on many nodes.
 
-Decides nothing: it reads arguments, calls, and says what came of it.  Built so far: `plan`.
+Decides nothing: it reads arguments, calls, and says what came of it.  Built so far: `run`, `plan`.
 Errors are one line on standard error; exit codes are those of `common.errors`.
 """
 
@@ -17,20 +17,21 @@ from common.broadcast.planner import make_plan
 from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import KaError
-from karun import planning
+from karun import planning, running
+from karun.connectors import VIAS
 
 __all__ = ["main"]
 
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: karun plan -w node[1-225] --size 4GiB --link 1Gbit",
+    epilog="Example: karun run -w node[1-225] -- uname -r",
 )
 @click.version_option(package_name="ka", prog_name="karun")
 def karun() -> None:
     """Start and control processes on many nodes.
 
-    Built so far: `plan`.  There is no `run`, `copy`, `gather`, `reboot` or `top` yet.
+    Built so far: `run` and `plan`.  There is no `copy`, `gather`, `reboot` or `top` yet.
     """
 
 
@@ -53,6 +54,39 @@ def main() -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+@karun.command(
+    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    epilog="Example: karun run -w node[1-200] -x node7 -b -- uname -r",
+)
+@click.option("-w", "nodes", required=True, metavar="NODES", help="The nodes: a node set.")
+@click.option("-x", "excluded", metavar="NODES", help="But not these.")
+@click.option("--via", type=click.Choice(VIAS), default="ssh", show_default=True, help="Connector.")
+@click.option("--ssh-config", metavar="FILE", help="For ssh, instead of the user's own.")
+@click.option("--no-fast-ssh", is_flag=True, help="Leave the order of key exchanges alone.")
+@click.option("-l", "user", metavar="USER", help="Log in as this user.")
+@click.option("-f", "fanout", type=click.IntRange(1, 4096), default=64, show_default=True,
+              help="Calls at a time, of one caller.")  # fmt: skip
+@click.option("-t", "connect_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
+              help="Seconds until a node must have answered.")  # fmt: skip
+@click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,
+              help="Seconds that the command may take.  [default: for ever]")  # fmt: skip
+@click.option("-S", "highest", is_flag=True, help="Exit with the highest exit code of the nodes.")
+@click.option("-n", "no_stdin", is_flag=True, help="Give the command no standard input.")
+@click.option("-q", "quiet", is_flag=True, help="No summary on standard error.")
+@click.option("--cwd", default="", metavar="DIR", help="Run in this directory of the node.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
+@click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
+@click.option("--pty", is_flag=True, help="Give the command a terminal.")
+@click.argument("command", nargs=-1, required=True)
+def run(**options: Any) -> None:
+    """Run a command on many nodes at once.
+
+    Several words are the command and its arguments, and reach it as they are.  A single word with
+    a blank in it is a line for the shell of the node.
+    """
+    sys.exit(running.main(running.Options(**options)))
 
 
 @karun.command(
