@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
 from bench.sshd import Sshd, addresses
 from common.errors import KaError
@@ -76,9 +76,8 @@ async def test_a_changed_host_key_is_one_line(sshd: Sshd, tmp_path: Path) -> Non
 
 async def test_a_bad_key_is_one_line(sshd: Sshd, tmp_path: Path) -> None:
     stranger = tmp_path / "stranger"
-    subprocess.run(
-        ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(stranger)], check=True
-    )
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(stranger)]
+    await trio.run_process(keygen)
     path = config(sshd, tmp_path / "config", IdentityFile=str(stranger))
     (outcome,) = await run_true(path, addresses(1))
     assert outcome.reason == "permission denied; no accepted key (or password needed)"
