@@ -22,10 +22,12 @@ from karun import reasons
 from karun.agent import frames
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
+from karun.agent.main import boot_id
 from karun.agent.setup import Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
+from karun.launch import Launcher
 from karun.roster import Roster, State
 
 __all__ = ["Command", "Engine", "Limits", "Sink"]
@@ -60,6 +62,8 @@ class Limits:
     """From a call to the first sign of life."""
     ping_s: float = 2.0
     """A neighbour that says nothing for four of these is lost."""
+    arity: int = 0
+    """Nodes that one caller may call: a tree by force; 0: as it pays."""
     reattach_s: float = 10.0
     """How long a node that lost its parent looks for another way to the head."""
 
@@ -95,7 +99,7 @@ class Engine:
             frames.HEAD, [], limits.ping_s, limits.reattach_s,
         )  # fmt: skip
         self._hub = Hub(
-            self.loop, setup, self._from_below, self._child_lost, self._call_failed,
+            self.loop, setup, self._from_below, self._child_lost, self._call_failed, self._free,
             local=connector.onehost,
         )  # fmt: skip
         self._dialling = Dialling(
@@ -108,12 +112,19 @@ class Engine:
             window=limits.window,
         )
         self._hub.dial(self._dialling, archive.data)
+        self._launcher = Launcher(
+            range(len(nodes)),
+            window=limits.window,
+            arity=limits.arity,
+            relays=not connector.onehost,
+        )
+        self._boot_id = boot_id()
 
     # What the user of a run asks.
 
     def launch(self) -> None:
         """Begin to call every node."""
-        self._hub.call(list(enumerate(self.nodes)))
+        self._free(self._limits.window)
 
     @property
     def quiet(self) -> bool:
@@ -213,15 +224,44 @@ class Engine:
         for order in orders:
             self._hub.send(rank, frames.ORDER, order)
         if first:
+            more = self._launcher.joined(rank)
+            for caller in self.roster.in_state(State.JOINED) if more else [rank]:
+                self._give(caller)
+            self._unstick()
             self._check_launched()
 
+    def _unstick(self) -> None:
+        if self._launcher.stuck:
+            self._free(self._limits.window)
+
+    def _free(self, room: int) -> None:
+        """Call more nodes ourselves, there being room."""
+        ranks = self._launcher.head_takes(room)
+        if ranks:
+            self._hub.call([(rank, self.nodes[rank]) for rank in ranks])
+
+    def _give(self, rank: int) -> None:
+        """Let a node call some; one on this very machine would not make it quicker."""
+        if self.roster.boot_id(rank) == self._boot_id and not self._limits.arity:
+            return
+        ranks = self._launcher.node_takes(rank)
+        if ranks:
+            nodes = [field for one in ranks for field in (one, self.nodes[one])]
+            order = frames.pack(self._dialling.encode(), frames.pack(*nodes))
+            self._hub.send(rank, frames.CALL, order)
+
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
-        if kind == frames.LOST:
+        if kind == frames.ASK:
+            self._give(rank)
+        elif kind == frames.LOST:
             child = frames.number(fields[0])
             self._lost(child, rank, frames.text(fields[1]))
         elif kind == frames.FAILED:
             child = frames.number(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
+            if self._launcher.failed(child):
+                self._hub.call([(child, self.nodes[child])])
+                return
             self._call_failed(child, reason, words, frames.number(fields[3]))
         else:
             command = self._commands.get(frames.number(fields[0]))
@@ -252,6 +292,10 @@ class Engine:
 
     def _lost(self, rank: int, parent: int, reason: str) -> None:
         ranks = self.roster.lost(rank, parent)
+        if any([self._launcher.lost(one) for one in ranks]):
+            self._free(self._limits.window)
+            for one in self.roster.in_state(State.JOINED):
+                self._give(one)
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
             self.loop.at(wait_s, lambda: self._give_up(ranks, rank, reason))
@@ -281,6 +325,7 @@ class Engine:
         self.roster.fail(rank)
         self._hub.drop(rank)
         self._failures[rank] = (stage, reason)
+        self._unstick()
         for command in list(self._commands.values()):
             if rank in command.pending:
                 self._told_failed(command, rank)

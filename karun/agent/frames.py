@@ -56,7 +56,7 @@ EXITED = 2
 FAILED = 3
 LOST = 4
 CONSUMED = 5
-RETURNED = 6
+ASK = 6
 
 
 class FrameError(ValueError):

@@ -39,16 +39,19 @@ class Hub:
         up: Callable[[int, int, bytes], None],
         lost: Callable[[int, str], None],
         failed: Callable[[int, str, bytes, int], None],
+        free: Callable[[int], None],
         *,
         local: bool,
     ) -> None:
         """*up(kind, rank, payload)* gets what comes from below, *lost(rank, reason)* a child that
         had attached, *failed(rank, "stage:reason", connector's words, wait status)* a call.
+        *free(count)* is told that so many calls more could be under way.
         *local*: all nodes are on this machine, so nobody else need find the way back."""
         self._loop = loop
         self._setup = setup
         self._local = local
         self._up, self._lost, self._failed = up, lost, failed
+        self._free, self._filling = free, False
         self._routes: dict[int, Channel] = {}
         self._calls: dict[int, Call] = {}
         self._waiting: list[tuple[int, str]] = []
@@ -77,25 +80,16 @@ class Hub:
         self._waiting.extend(nodes)
         self._fill()
 
-    def take_back(self, count: int) -> list[tuple[int, str]]:
-        """Return up to *count* nodes that nobody has begun to call."""
-        taken = self._waiting[len(self._waiting) - count :] if count else []
-        del self._waiting[len(self._waiting) - len(taken) :]
-        return taken
-
-    @property
-    def waiting_count(self) -> int:
-        return len(self._waiting)
-
-    @property
-    def calling_count(self) -> int:
-        return len(self._calls)
-
     def _fill(self) -> None:
         assert self._dialling is not None
         while self._waiting and len(self._calls) < self._dialling.window:
             rank, name = self._waiting.pop(0)
             self._start(rank, name, search=False)
+        room = self._dialling.window - len(self._calls)
+        if room > 0 and not self._filling:
+            self._filling = True
+            self._free(room)
+            self._filling = False
 
     def _start(self, rank: int, name: str, *, search: bool) -> None:
         assert self._dialling is not None
@@ -262,6 +256,8 @@ class Hub:
     def when_empty(self, callback: Callable[[], None]) -> None:
         """Call back when the last child is gone."""
         self._empty = callback
+        if not self.children:
+            callback()
 
     def close(self) -> None:
         """End all calls and connections, without a word."""

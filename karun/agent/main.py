@@ -57,6 +57,8 @@ class Agent:
         self._processes: dict[int, Process] = {}
         self._rejoin: Rejoin | None = None
         self._ending = False
+        self._asked = False
+        """Whether the head knows that this node could call more."""
         self._next_tick = 0.0
         self.loop.at(SETUP_S, self._never_set_up)
         self._up.start(self._from_above, self._parent_lost)
@@ -81,7 +83,7 @@ class Agent:
         assert self._setup is not None
         assert self._up is not None
         self._up.send(
-            frames.ATTACH, self._setup.rank, self._member.attach(self._setup.parent, _boot_id())
+            frames.ATTACH, self._setup.rank, self._member.attach(self._setup.parent, boot_id())
         )
 
     def _tell(self, kind: int, *parts: bytes | str | int) -> None:
@@ -114,6 +116,11 @@ class Agent:
 
     def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
         self._tell(frames.FAILED, rank, reason, words, status)
+
+    def _free(self, _room: int) -> None:
+        if not self._asked:
+            self._asked = True
+            self._tell(frames.ASK)
 
     # The way up is lost, and found.
 
@@ -248,6 +255,7 @@ class Agent:
         hub = self._become_relay()
         with open(sys.path[0], "rb") as archive:
             hub.dial(Dialling.decode(dialling), zlib.compress(archive.read(), 9))
+        self._asked = False
         fields = frames.unpack(nodes)
         hub.call(
             [
@@ -261,6 +269,7 @@ class Agent:
         if self._hub is None:
             self._hub = Hub(
                 self.loop, self._setup, self._send_up, self._child_lost, self._call_failed,
+                self._free,
                 local="SSH_CONNECTION" not in os.environ,
             )  # fmt: skip
         return self._hub
@@ -274,7 +283,7 @@ class Agent:
             process.signal(SIGKILL)
         if self._rejoin is not None:
             self._rejoin.stop()
-        if self._hub is None or not self._hub.children:
+        if self._hub is None:
             os._exit(0)
         self._hub.broadcast(frames.QUIT, b"")
         self._hub.when_empty(lambda: os._exit(0))
@@ -285,7 +294,7 @@ def _is_member(bits: bytes, rank: int) -> bool:
     return rank >> 3 < len(bits) and bool(bits[rank >> 3] >> (rank & 7) & 1)
 
 
-def _boot_id() -> bytes:
+def boot_id() -> bytes:
     """Return what tells machines apart: nodes on the head's own machine make no quicker tree."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:

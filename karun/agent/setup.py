@@ -99,9 +99,9 @@ class Dialling:
         if not search:
             return [*argv, f"exec {self.python} -I -S -c '{self.loader}'"]
         # Tried, not just looked for: a shim is there even if what it stands for is not.
+        probe = "import sys; sys.exit(sys.version_info < (3, 10))"
         line = (
-            f"for p in {OTHER_PYTHONS}; do "
-            '$p -I -S -c "import sys; sys.exit(sys.version_info < (3, 10))" </dev/null 2>/dev/null && '
+            f'for p in {OTHER_PYTHONS}; do $p -I -S -c "{probe}" </dev/null 2>/dev/null && '
             'exec $p -I -S -c "$0"; done; echo KARUN1 none'
         )
         return [*argv, f"exec sh -c '{line}' '{self.loader}'"]

@@ -79,6 +79,7 @@ PURE: frozenset[str] = frozenset(
         "karun/agent/setup.py",
         "karun/connectors.py",
         "karun/feed.py",
+        "karun/launch.py",
         "karun/reasons.py",
         "karun/roster.py",
         "nfsp/fsck/chunks.py",
