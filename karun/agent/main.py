@@ -16,6 +16,7 @@ import sys
 from . import frames
 from .channel import Channel
 from .hub import SILENCE_PINGS, Hub
+from .keeper import Keeper
 from .loop import Loop
 from .member import Member
 from .process import SIGKILL, Process
@@ -54,6 +55,7 @@ class Agent:
         self._setup: Setup | None = None
         self._member = Member(0, os.urandom(8))
         self._hub: Hub | None = None
+        self._keeper = Keeper(self.loop)
         self._processes: dict[int, Process] = {}
         self._rejoin: Rejoin | None = None
         self._ending = False
@@ -240,7 +242,7 @@ class Agent:
             del self._processes[command]
             self._tell(frames.EXITED, command, code, signal)
 
-        process = Process(self.loop, output, exited)
+        process = Process(self.loop, self._keeper, output, exited)
         process.consumed = lambda size: self._tell(frames.CONSUMED, command, size)
         self._processes[command] = process
         process.start(

@@ -2,7 +2,7 @@
 
 Invariants
   * the command leads a session (and process group) of its own: a signal reaches all of it;
-  * where the node has setpriv the kernel kills it should the agent die (PR_SET_PDEATHSIG);
+  * should the agent be killed, its keeper kills the command (karun/agent/keeper.py);
   * `exited` is called once, after the last `output`;
   * all output that came before the end is told; what holds the pipes open after it (a daemon) is
     waited for at most LINGER_S.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 
+from .keeper import GUARD_S, Keeper
 from .loop import READ, WRITE, Loop, Timer
 
 TYPE_CHECKING = False
@@ -29,25 +30,26 @@ CODE_NOT_STARTED = 126
 CODE_NOT_FOUND = 127
 _DEFAULT_SIGNALS = (1, 2, 3, 13, 15, 25)
 """Python ignores SIGPIPE and SIGXFSZ; what it starts must not inherit that."""
-_GUARDS = ("/usr/bin/setpriv", "/bin/setpriv")
 
 
 class Process:
     """One running command."""
 
     __slots__ = (
-        "_exited", "_input", "_input_ended", "_input_fd", "_loop", "_output", "_outputs",
-        "_paused", "_status", "_timed_out", "_timer", "consumed", "pid",
+        "_exited", "_guarding", "_input", "_input_ended", "_input_fd", "_keeper", "_loop",
+        "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer", "consumed", "pid",
     )  # fmt: skip
 
     def __init__(
         self,
         loop: Loop,
+        keeper: Keeper,
         output: Callable[[int, bytes], None],
         exited: Callable[[int, int], None],
     ) -> None:
         """*exited* gets the exit code and the signal (0: none) that ended the command."""
-        self._loop = loop
+        self._loop, self._keeper = loop, keeper
+        self._guarding: Timer | None = None
         self._output, self._exited = output, exited
         self._outputs: dict[int, int] = {}
         self._input: list[bytes] = []
@@ -75,6 +77,7 @@ class Process:
             self._exited(CODE_NOT_FOUND if missing else CODE_NOT_STARTED, 0)
             return
         self._loop.reap(self.pid, self._ended)
+        self._guarding = self._loop.at(GUARD_S, lambda: self._keeper.guard(self.pid))
         if limit_s > 0:
             self._timer = self._loop.at(limit_s, self._out_of_time)
 
@@ -122,9 +125,6 @@ class Process:
                 actions = self._on_pipes(theirs, null, fed)
             if cwd:
                 os.chdir(cwd)
-            guard = next((path for path in _GUARDS if _is_guard(path)), None)
-            if guard:
-                argv = [guard, "--pdeathsig", "KILL", "--", *argv]
             self.pid = os.posix_spawn(
                 argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS
             )
@@ -222,6 +222,9 @@ class Process:
 
     def _ended(self, status: int) -> None:
         self._status = status
+        if self._guarding is not None:
+            self._guarding.cancel()
+        self._keeper.release(self.pid)
         if self._timer is not None:
             self._timer.cancel()
         self._end_input()
@@ -256,11 +259,6 @@ class Process:
 
 def _ignore(_size: int) -> None:
     pass
-
-
-def _is_guard(path: str) -> bool:
-    """Busybox has a setpriv that cannot do it."""
-    return os.access(path, os.X_OK) and not os.path.realpath(path).endswith("busybox")
 
 
 def _find(name: str, path: str, cwd: str) -> str:
