@@ -26,7 +26,7 @@ import trio
 from common.errors import Code, KaError
 from karun import archive, connectors, ssh_options
 from karun.connectors import Connector
-from karun.engine import CONNECT_S, Command, Engine, Limits, Sink
+from karun.engine import CONNECT_S, TIMEOUT, Command, Engine, Limits, Sink
 from karun.feed import CHUNK_SIZE
 
 __all__ = ["Limits", "Outcome", "Run", "Sink", "connector"]
@@ -42,16 +42,19 @@ class Outcome:
     rank: int
     node: str
     code: int | None
-    """Exit code; 124 after a time-out; None if a signal ended it, or it did not run."""
-    signal: int
-    reason: str | None
-    """Why it did not run (to its end): the node is out."""
+    """Exit code; None if it has none of its own."""
+    signal: int = 0
+    """The signal that ended it."""
+    stage: str = ""
+    """Where it went wrong if it did not run to its end: connect, agent, lost, timeout."""
+    reason: str | None = None
+    """And why, in one line."""
 
     @property
     def exit_code(self) -> int:
-        """As a shell would give it: 128 + signal, 255 for a node that is out."""
-        if self.reason is not None:
-            return 255
+        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out."""
+        if self.stage:
+            return 124 if self.stage == TIMEOUT else 255
         return 128 + self.signal if self.signal else self.code or 0
 
 
@@ -178,24 +181,24 @@ class _Recorder:
     def __init__(self, nodes: Sequence[str], sink: Sink | None) -> None:
         self._nodes = nodes
         self._sink = sink
-        self._ends: dict[int, tuple[int | None, int, str | None]] = {}
+        self._ends: dict[int, Outcome] = {}
 
     def output(self, rank: int, stream: int, data: bytes) -> None:
         if self._sink is not None:
             self._sink.output(rank, stream, data)
 
     def exited(self, rank: int, code: int, signal: int) -> None:
-        self._ends[rank] = (None if signal else code, signal, None)
+        self._ends[rank] = Outcome(rank, self._nodes[rank], None if signal else code, signal)
         if self._sink is not None:
             self._sink.exited(rank, code, signal)
 
     def failed(self, rank: int, stage: str, reason: str) -> None:
-        self._ends[rank] = (None, 0, reason)
+        self._ends[rank] = Outcome(rank, self._nodes[rank], None, stage=stage, reason=reason)
         if self._sink is not None:
             self._sink.failed(rank, stage, reason)
 
     def outcomes(self, ranks: Iterable[int]) -> list[Outcome]:
-        return [Outcome(rank, self._nodes[rank], *self._ends[rank]) for rank in ranks]
+        return [self._ends[rank] for rank in ranks]
 
 
 @asynccontextmanager

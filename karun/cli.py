@@ -57,24 +57,38 @@ def main() -> NoReturn:
 
 
 @karun.command(
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
     epilog="Example: karun run -w node[1-200] -x node7 -b -- uname -r",
 )
-@click.option("-w", "nodes", required=True, metavar="NODES", help="The nodes: a node set.")
-@click.option("-x", "excluded", metavar="NODES", help="But not these.")
+@click.option("-w", "nodes", multiple=True, metavar="NODES", help="Node set, @group, ^file, -.")
+@click.option("-x", "excluded", multiple=True, metavar="NODES", help="But not these.")
+@click.option("-g", "groups", multiple=True, metavar="GROUP", help="The nodes of a group.")
+@click.option("-a", "everyone", is_flag=True, help="All nodes that the site's groups know.")
+@click.option("--hostfile", "hostfiles", multiple=True, metavar="FILE", help="Nodes from a file.")
+@click.option("--session", metavar="NAME", help="On the nodes of a session (karun session start).")
 @click.option("--via", type=click.Choice(VIAS), default="ssh", show_default=True, help="Connector.")
 @click.option("--ssh-config", metavar="FILE", help="For ssh, instead of the user's own.")
 @click.option("--no-fast-ssh", is_flag=True, help="Leave the order of key exchanges alone.")
 @click.option("-l", "user", metavar="USER", help="Log in as this user.")
 @click.option("-f", "fanout", type=click.IntRange(1, 4096), default=64, show_default=True,
               help="Calls at a time, of one caller.")  # fmt: skip
+@click.option("--arity", type=click.IntRange(min=0), default=0,
+              help="A tree: nobody calls more nodes than this.  [default: as it pays]")  # fmt: skip
 @click.option("-t", "connect_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
               help="Seconds until a node must have answered.")  # fmt: skip
 @click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,
               help="Seconds that the command may take.  [default: for ever]")  # fmt: skip
+@click.option("-b", "gather", is_flag=True, help="Gather: equal output once, with its nodes.")
+@click.option("-B", "gather_all", is_flag=True, help="Gather standard error as well.")
+@click.option("-L", "by_line", is_flag=True, help="In the order of nodes; with -b without headers.")
+@click.option("-N", "no_label", is_flag=True, help="No node names before lines.")
+@click.option("--diff", is_flag=True, help="Differences from the most common output only.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
+@click.option("--outdir", metavar="DIR", help="A file for each node's standard output.")
+@click.option("--errdir", metavar="DIR", help="A file for each node's standard error.")
 @click.option("-S", "highest", is_flag=True, help="Exit with the highest exit code of the nodes.")
 @click.option("-n", "no_stdin", is_flag=True, help="Give the command no standard input.")
-@click.option("-q", "quiet", is_flag=True, help="No summary on standard error.")
+@click.option("-q", "quiet", is_flag=True, help="No lines on exit codes.")
 @click.option("--cwd", default="", metavar="DIR", help="Run in this directory of the node.")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
 @click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")

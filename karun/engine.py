@@ -23,6 +23,7 @@ from karun.agent import frames
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
 from karun.agent.main import boot_id
+from karun.agent.process import OUT_OF_TIME
 from karun.agent.setup import Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
@@ -33,6 +34,7 @@ from karun.roster import Roster, State
 __all__ = ["Command", "Engine", "Limits", "Sink"]
 
 CONNECT_S = 15.0
+TIMEOUT = "timeout"
 RETRIES_MAX = 3
 RETRY_S = 0.5
 BACK_MARGIN_S = 2.0
@@ -49,7 +51,7 @@ class Sink(Protocol):
         """A command has ended: its exit code, or the signal that ended it."""
 
     def failed(self, rank: int, stage: str, reason: str) -> None:
-        """A node is out: at stage connect, agent or lost; one line says why."""
+        """A node is out (stage connect, agent, lost), or its command was out of time (timeout)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +73,11 @@ class Limits:
 class Command:
     """A command on its way: who has not ended yet."""
 
-    def __init__(self, number: int, ranks: Sequence[int], sink: Sink, feed: Feed | None) -> None:
+    def __init__(
+        self, number: int, ranks: Sequence[int], sink: Sink, feed: Feed | None, limit_s: float
+    ) -> None:
         self.number = number
+        self.limit_s = limit_s
         self.sink = sink
         self.pending = set(ranks)
         self.feed = feed
@@ -161,7 +166,7 @@ class Engine:
             frames.pack(*env), b"" if ranks is None else _bits(chosen),
         )  # fmt: skip
         feed = Feed(chosen) if fed else None
-        command = Command(number, chosen, sink, feed)
+        command = Command(number, chosen, sink, feed, limit_s)
         self._commands[number] = command
         self._hub.broadcast(frames.ORDER, order)
         for rank in chosen:
@@ -274,7 +279,11 @@ class Engine:
         elif kind == frames.CONSUMED and command.feed is not None:
             command.feed.consumed(rank, frames.number(fields[1]))
         elif kind == frames.EXITED:
-            command.sink.exited(rank, frames.number(fields[1]), frames.number(fields[2]))
+            code = frames.number(fields[1])
+            if code == OUT_OF_TIME:
+                command.sink.failed(rank, TIMEOUT, f"after {command.limit_s:g} s")
+            else:
+                command.sink.exited(rank, code, frames.number(fields[2]))
             self._settled(command, rank)
 
     def _settled(self, command: Command, rank: int) -> None:

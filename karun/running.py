@@ -9,36 +9,52 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
-from common import nodeset
-from common.errors import Code, KaError
-from karun import api
+from karun import api, nodes
 from karun.engine import Command, Limits
 from karun.feed import CHUNK_SIZE
+from karun.lines import STDERR, STDOUT
+from karun.output import Form, Printer, Style, make_printer, wants_colour
+from karun.sinks import NodeFiles, Terminal
 
 __all__ = ["Options", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
+TERMINAL = Terminal()
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The options of `karun run`, as the command line has them."""
 
-    nodes: str
-    excluded: str | None
+    nodes: tuple[str, ...]
+    excluded: tuple[str, ...]
+    groups: tuple[str, ...]
+    everyone: bool
+    hostfiles: tuple[str, ...]
+    session: str | None
     via: str
     ssh_config: str | None
     no_fast_ssh: bool
     user: str | None
     fanout: int
+    arity: int
     connect_s: float
     limit_s: float
+    gather: bool
+    gather_all: bool
+    by_line: bool
+    no_label: bool
+    diff: bool
+    as_json: bool
+    outdir: str | None
+    errdir: str | None
     highest: bool
     no_stdin: bool
     quiet: bool
@@ -48,68 +64,92 @@ class Options:
     pty: bool
     command: tuple[str, ...]
 
-
-class Labelled:
-    """Prints lines as they come, each after its node's name."""
-
-    def __init__(self, nodes: list[str]) -> None:
-        self._nodes = nodes
-        self._partial: dict[tuple[int, int], bytes] = {}
-
-    def output(self, rank: int, stream: int, data: bytes) -> None:
-        *lines, rest = (self._partial.get((rank, stream), b"") + data).split(b"\n")
-        self._partial[rank, stream] = rest
-        self._print(rank, stream, lines)
-
-    def exited(self, rank: int, code: int, signal: int) -> None:
-        for stream in (1, 2):
-            rest = self._partial.pop((rank, stream), b"")
-            if rest:
-                self._print(rank, stream, [rest])
-        if code or signal:
-            what = f"signal {signal}" if signal else f"exit code {code}"
-            print(f"karun: {self._nodes[rank]}: {what}", file=sys.stderr)
-
-    def failed(self, rank: int, stage: str, reason: str) -> None:
-        print(f"karun: {self._nodes[rank]}: {stage}: {reason}", file=sys.stderr)
-
-    def _print(self, rank: int, stream: int, lines: list[bytes]) -> None:
-        label = self._nodes[rank].encode() + b": "
-        target = sys.stdout if stream == 1 else sys.stderr
-        target.buffer.write(b"".join(label + line + b"\n" for line in lines))
-        target.flush()
+    def style(self) -> Style:
+        """Return what is said of output."""
+        form = Form.LABELLED
+        if self.as_json:
+            form = Form.JSON
+        elif self.gather_all:
+            form = Form.GATHERED_ALL
+        elif self.gather or self.diff:
+            form = Form.GATHERED
+        elif self.outdir:
+            form = Form.SILENT
+        return Style(
+            form=form,
+            by_line=self.by_line,
+            diff=self.diff,
+            label=not self.no_label,
+            highest=self.highest,
+            quiet=self.quiet,
+            colour_out=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDOUT)),
+            colour_err=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDERR)),
+        )
 
 
 def main(options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
-    nodes = nodeset.expand(options.nodes)
-    if options.excluded:
-        without = set(nodeset.expand(options.excluded))
-        nodes = [node for node in nodes if node not in without]
-    if not nodes:
-        raise KaError(Code.USAGE, "no nodes: the set is empty")
-    return trio.run(_run, options, nodes)
+    names = nodes.select(
+        options.nodes,
+        exclude=options.excluded,
+        in_groups=options.groups,
+        hostfiles=options.hostfiles,
+        everyone=options.everyone,
+    )
+    files = None
+    if options.outdir or options.errdir:
+        files = NodeFiles(
+            names,
+            Path(options.outdir) if options.outdir else None,
+            Path(options.errdir) if options.errdir else None,
+        )
+    printer = make_printer(
+        nodes.Names(names), TERMINAL, options.style(), files.append if files else None
+    )
+    try:
+        return trio.run(_run, options, names, printer)
+    finally:
+        if files:
+            files.close()
 
 
-async def _run(options: Options, nodes: list[str]) -> int:
+class _Prints:
+    """A printer as the sink of a run."""
+
+    def __init__(self, printer: Printer, reader_gone: Callable[[], None]) -> None:
+        """*reader_gone* is called when nobody reads what is printed (`| head`)."""
+        self._printer = printer
+        self._reader_gone = reader_gone
+        self.exited = printer.exited
+
+    def output(self, rank: int, stream: int, data: bytes) -> None:
+        self._printer.output(rank, stream, data)
+        if not TERMINAL.has_reader:
+            self._reader_gone()
+
+    def failed(self, rank: int, stage: str, reason: str) -> None:
+        self._printer.failed(rank, reason, stage)
+
+
+async def _run(options: Options, names: list[str], printer: Printer) -> int:
     connector = api.connector(
         options.via,
         user=options.user,
         ssh_config=options.ssh_config,
         connect_s=options.connect_s,
         fast_ssh=not options.no_fast_ssh,
-        sample=nodes[0],
+        sample=names[0],
     )
     argv, line = _words(options)
-    limits = Limits(window=options.fanout, connect_s=options.connect_s)
-    outcomes: list[api.Outcome] = []
+    limits = Limits(window=options.fanout, connect_s=options.connect_s, arity=options.arity)
+    ended = False
     running: list[Command] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_interruptions, nodes, running, nursery.cancel_scope)
-        async with api.Run(nodes, connector, limits=limits) as run:
-            outcomes = await run.command(
+        nursery.start_soon(_interruptions, names, running, nursery.cancel_scope)
+        async with api.Run(names, connector, limits=limits) as run:
+            await run.command(
                 argv,
-                sink=Labelled(nodes),
+                sink=_Prints(printer, nursery.cancel_scope.cancel),
                 stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(),
                 line=line,
                 pty=options.pty,
@@ -118,11 +158,10 @@ async def _run(options: Options, nodes: list[str]) -> int:
                 limit_s=options.limit_s,
                 started=running.append,
             )
+            ended = True
         nursery.cancel_scope.cancel()
-    if not outcomes:
-        return EXIT_INTERRUPTED
-    worst = max(outcome.exit_code for outcome in outcomes)
-    return worst if options.highest else 0
+    code = printer.finish()
+    return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
 
 
 def _words(options: Options) -> tuple[list[str], bool]:
@@ -141,7 +180,7 @@ async def _stdin() -> AsyncIterator[bytes]:
 
 
 async def _interruptions(
-    nodes: list[str], running: list[Command], scope: trio.CancelScope
+    names: list[str], running: list[Command], scope: trio.CancelScope
 ) -> None:
     last = -AGAIN_S
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
@@ -152,5 +191,5 @@ async def _interruptions(
                 return
             last = now
             waiting = sorted(set().union(*(command.pending for command in running)))
-            names = nodeset.fold(nodes[rank] for rank in waiting)
-            print(f"karun: waiting for {names}; again within 3 s to stop", file=sys.stderr)
+            line = f"karun: waiting for {nodes.Names(names).fold(waiting)}; ^C again stops\n"
+            TERMINAL.write(STDERR, line.encode())

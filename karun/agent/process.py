@@ -25,7 +25,7 @@ LINGER_S = 1.0
 KILL_S = 2.0
 """Between SIGTERM and SIGKILL when a time limit has passed."""
 SIGKILL, SIGTERM = 9, 15
-CODE_TIMEOUT = 124
+OUT_OF_TIME = -1
 CODE_NOT_STARTED = 126
 CODE_NOT_FOUND = 127
 _DEFAULT_SIGNALS = (1, 2, 3, 13, 15, 25)
@@ -47,7 +47,8 @@ class Process:
         output: Callable[[int, bytes], None],
         exited: Callable[[int, int], None],
     ) -> None:
-        """*exited* gets the exit code and the signal (0: none) that ended the command."""
+        """*exited* gets the exit code and the signal (0: none) that ended the command; code
+        OUT_OF_TIME after its time limit."""
         self._loop, self._keeper = loop, keeper
         self._guarding: Timer | None = None
         self._output, self._exited = output, exited
@@ -250,7 +251,7 @@ class Process:
         if self._timer is not None:
             self._timer.cancel()
         if self._timed_out:
-            self._exited(CODE_TIMEOUT, 0)
+            self._exited(OUT_OF_TIME, 0)
         elif os.WIFSIGNALED(self._status):
             self._exited(0, os.WTERMSIG(self._status))
         else:

@@ -95,7 +95,7 @@ async def test_a_directory_that_is_not_there_is_126() -> None:
 async def test_a_time_limit_ends_the_command_and_its_children_with_124() -> None:
     async with Run(names(2), "local") as run:
         outcomes = await run.command(["sh", "-c", "sleep 1000 & sleep 1000"], limit_s=0.2)
-    assert [outcome.code for outcome in outcomes] == [124, 124]
+    assert [(one.exit_code, one.stage) for one in outcomes] == [(124, "timeout")] * 2
 
 
 async def test_a_signal_reaches_the_whole_command_and_is_told() -> None:
