@@ -18,7 +18,7 @@ from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import KaError
 from karun import planning, running
-from karun.connectors import VIAS
+from karun.connectors import TREES, VIAS
 
 __all__ = ["main"]
 
@@ -72,8 +72,8 @@ def main() -> NoReturn:
 @click.option("-l", "user", metavar="USER", help="Log in as this user.")
 @click.option("-f", "fanout", type=click.IntRange(1, 4096), default=64, show_default=True,
               help="Calls at a time, of one caller.")  # fmt: skip
-@click.option("--arity", type=click.IntRange(min=0), default=0,
-              help="A tree: nobody calls more nodes than this.  [default: as it pays]")  # fmt: skip
+@click.option("--tree", type=click.Choice(TREES), default=TREES[0], show_default=True,
+              help="Whether nodes call nodes.")  # fmt: skip
 @click.option("-t", "connect_s", type=click.FloatRange(min=0.1), default=15.0, show_default=True,
               help="Seconds until a node must have answered.")  # fmt: skip
 @click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,

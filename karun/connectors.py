@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from common.errors import Code, KaError
+from karun.agent.setup import ALWAYS, AUTO, NEVER
 
-__all__ = ["VIAS", "Connector", "local", "make", "netns", "paramiko", "rsh", "ssh"]
+__all__ = ["TREES", "VIAS", "Connector", "local", "make", "netns", "paramiko", "rsh", "ssh"]
 
 _PYTHON = "/usr/bin/python3"
 """Tried first: on a PATH the first python3 is often a shim, a shell script that costs more than
 the whole agent.  Where it is missing or too old, the names on the PATH are tried."""
+TREES = (AUTO, ALWAYS, NEVER)
 VIAS = ("ssh", "paramiko", "rsh", "local", "netns")
 
 

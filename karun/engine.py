@@ -2,7 +2,7 @@
 
 `Engine` owns the loop's descriptors and children; karun/api.py lets trio wait for it, and calls
 `step`.  Decisions about sessions are in karun/roster.py, about who calls whom in
-karun/launch.py, about connections in karun/agent/hub.py.
+karun/launch_plan.py, about connections in karun/agent/hub.py.
 
 Invariants
   * for every node of a command exactly one of `exited` and `failed` is told, after its output;
@@ -22,21 +22,18 @@ from karun import reasons
 from karun.agent import frames
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
-from karun.agent.main import boot_id
 from karun.agent.process import OUT_OF_TIME
-from karun.agent.setup import Dialling, Setup
+from karun.agent.setup import AUTO, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
-from karun.launch import Launcher
 from karun.roster import Roster, State
 
 __all__ = ["Command", "Engine", "Limits", "Sink"]
 
 CONNECT_S = 15.0
 TIMEOUT = "timeout"
-RETRIES_MAX = 3
-RETRY_S = 0.5
+RESYNC_S = 0.5
 BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
 
@@ -61,11 +58,13 @@ class Limits:
     window: int = 64
     """Calls at a time, of one caller."""
     connect_s: float = CONNECT_S
-    """From a call to the first sign of life."""
+    """For TCP and the banner, as ssh counts it."""
+    login_s: float = 20.0
+    """More, for key exchange and login: a head that calls many is short of processor itself."""
     ping_s: float = 2.0
     """A neighbour that says nothing for four of these is lost."""
-    arity: int = 0
-    """Nodes that one caller may call: a tree by force; 0: as it pays."""
+    tree: str = AUTO
+    """Whether nodes call nodes: AUTO, ALWAYS, NEVER."""
     reattach_s: float = 10.0
     """How long a node that lost its parent looks for another way to the head."""
 
@@ -96,40 +95,33 @@ class Engine:
         self._limits = limits
         self._commands: dict[int, Command] = {}
         self._failures: dict[int, tuple[str, str]] = {}
-        self._retries: dict[int, int] = {}
         self.launched: Callable[[], None] = _nothing
         self.closed = False
         setup = Setup(
             secrets.token_hex(8), secrets.token_bytes(32), frames.HEAD, "", len(nodes),
             frames.HEAD, [], limits.ping_s, limits.reattach_s,
         )  # fmt: skip
-        self._hub = Hub(
-            self.loop, setup, self._from_below, self._child_lost, self._call_failed, self._free,
-            local=connector.onehost,
-        )  # fmt: skip
-        self._dialling = Dialling(
+        dialling = Dialling(
             list(connector.argv),
             lined=connector.lined,
             python=connector.python,
             loader=archive.loader,
             digest=archive.digest,
-            connect_s=limits.connect_s,
+            connect_s=limits.connect_s + limits.login_s,
             window=limits.window,
+            tree=limits.tree,
         )
-        self._hub.dial(self._dialling, archive.data)
-        self._launcher = Launcher(
-            range(len(nodes)),
-            window=limits.window,
-            arity=limits.arity,
-            relays=not connector.onehost,
-        )
-        self._boot_id = boot_id()
+        self._hub = Hub(
+            self.loop, setup, dialling, archive.data,
+            up=self._from_below, tell_parent=_no_parent, lost=self._child_lost,
+            failed=self._call_failed, local=connector.onehost,
+        )  # fmt: skip
 
     # What the user of a run asks.
 
     def launch(self) -> None:
         """Begin to call every node."""
-        self._free(self._limits.window)
+        self._hub.dialer.take(list(enumerate(self.nodes)))
 
     @property
     def quiet(self) -> bool:
@@ -223,50 +215,21 @@ class Engine:
         if not welcome:
             self._hub.send(rank, frames.REFUSE, answer)
             # The way to the node that was welcome now leads to the one that is not.
-            self.loop.at(RETRY_S, lambda: self._hub.broadcast(frames.RESYNC, b""))
+            self.loop.at(RESYNC_S, lambda: self._hub.broadcast(frames.RESYNC, b""))
             return
         self._hub.send(rank, frames.WELCOME, answer)
         for order in orders:
             self._hub.send(rank, frames.ORDER, order)
         if first:
-            more = self._launcher.joined(rank)
-            for caller in self.roster.in_state(State.JOINED) if more else [rank]:
-                self._give(caller)
-            self._unstick()
             self._check_launched()
 
-    def _unstick(self) -> None:
-        if self._launcher.stuck:
-            self._free(self._limits.window)
-
-    def _free(self, room: int) -> None:
-        """Call more nodes ourselves, there being room."""
-        ranks = self._launcher.head_takes(room)
-        if ranks:
-            self._hub.call([(rank, self.nodes[rank]) for rank in ranks])
-
-    def _give(self, rank: int) -> None:
-        """Let a node call some; one on this very machine would not make it quicker."""
-        if self.roster.boot_id(rank) == self._boot_id and not self._limits.arity:
-            return
-        ranks = self._launcher.node_takes(rank)
-        if ranks:
-            nodes = [field for one in ranks for field in (one, self.nodes[one])]
-            order = frames.pack(self._dialling.encode(), frames.pack(*nodes))
-            self._hub.send(rank, frames.CALL, order)
-
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
-        if kind == frames.ASK:
-            self._give(rank)
-        elif kind == frames.LOST:
+        if kind == frames.LOST:
             child = frames.number(fields[0])
             self._lost(child, rank, frames.text(fields[1]))
         elif kind == frames.FAILED:
             child = frames.number(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
-            if self._launcher.failed(child):
-                self._hub.call([(child, self.nodes[child])])
-                return
             self._call_failed(child, reason, words, frames.number(fields[3]))
         else:
             command = self._commands.get(frames.number(fields[0]))
@@ -301,10 +264,6 @@ class Engine:
 
     def _lost(self, rank: int, parent: int, reason: str) -> None:
         ranks = self.roster.lost(rank, parent)
-        if any([self._launcher.lost(one) for one in ranks]):
-            self._free(self._limits.window)
-            for one in self.roster.in_state(State.JOINED):
-                self._give(one)
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
             self.loop.at(wait_s, lambda: self._give_up(ranks, rank, reason))
@@ -318,23 +277,13 @@ class Engine:
     def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
         if self.roster.states[rank] is not State.ABSENT:
             return
-        tried = self._retries.get(rank, 0)
-        if reasons.is_passing(words) and tried < RETRIES_MAX:
-            self._retries[rank] = tried + 1
-            self.loop.at(RETRY_S * (tried + 1), lambda: self._again(rank))
-            return
         code = os.waitstatus_to_exitcode(status) if status >= 0 else None
         self._fail(rank, reason.partition(":")[0], reasons.explain(reason, words, code))
-
-    def _again(self, rank: int) -> None:
-        if self.roster.states[rank] is State.ABSENT and not self.closed:
-            self._hub.call([(rank, self.nodes[rank])])
 
     def _fail(self, rank: int, stage: str, reason: str) -> None:
         self.roster.fail(rank)
         self._hub.drop(rank)
         self._failures[rank] = (stage, reason)
-        self._unstick()
         for command in list(self._commands.values()):
             if rank in command.pending:
                 self._told_failed(command, rank)
@@ -358,3 +307,7 @@ def _bits(ranks: Sequence[int]) -> bytes:
 
 def _nothing() -> None:
     pass
+
+
+def _no_parent(_kind: int, _payload: bytes) -> None:
+    raise AssertionError("the head has no parent")

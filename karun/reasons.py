@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["explain", "is_passing"]
+__all__ = ["explain"]
 
 LINE_SIZE_MAX = 200
 
@@ -34,7 +34,6 @@ _KNOWN = (
     ("Bad configuration option", "bad option in the ssh configuration"),
     ("Can't open user config file", "the ssh configuration cannot be read"),
 )
-_PASSING = ("kex_exchange_identification", "Connection reset by peer", "Connection closed by")
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]+")
 
 
@@ -55,12 +54,6 @@ def explain(reason: str, words: bytes, exit_code: int | None) -> str:
     if what == "connector ended" and exit_code is not None:
         return f"the connector ended with code {exit_code}"
     return _clean(what) or "failed"
-
-
-def is_passing(words: bytes) -> bool:
-    """Return whether trying again can help: sshd drops connections when many come at once."""
-    text = words.decode("utf-8", "replace")
-    return any(sign in text for sign in _PASSING) and not any(sign in text for sign, _ in _KNOWN)
 
 
 def _clean(line: str) -> str:

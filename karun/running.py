@@ -44,7 +44,7 @@ class Options:
     no_fast_ssh: bool
     user: str | None
     fanout: int
-    arity: int
+    tree: str
     connect_s: float
     limit_s: float
     gather: bool
@@ -141,7 +141,7 @@ async def _run(options: Options, names: list[str], printer: Printer) -> int:
         sample=names[0],
     )
     argv, line = _words(options)
-    limits = Limits(window=options.fanout, connect_s=options.connect_s, arity=options.arity)
+    limits = Limits(window=options.fanout, connect_s=options.connect_s, tree=options.tree)
     ended = False
     running: list[Command] = []
     async with trio.open_nursery() as nursery:

@@ -2,8 +2,8 @@
 
 A connector is a command whose standard input and output become the agent's.  Stages: `connect`
 until the loader speaks (TCP, host key, login: what ssh does by itself), `agent` until the agent
-has introduced itself.  Each has its deadline; a call that fails says at which stage, what the
-connector wrote last, and its wait status: the head makes one line of that (karun/reasons.py).
+has introduced itself.  A call that fails says at which stage, what the connector wrote last, and
+its wait status: the head makes one line of that (karun/reasons.py).  Deadlines are the plan's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from _socket import AF_UNIX, SOCK_STREAM, socketpair
 
 from .channel import Channel
-from .loop import READ, WRITE, Loop, Timer
+from .loop import READ, WRITE, Loop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Call:
 
     __slots__ = (
         "_archive", "_buffer", "_error_fd", "_failed", "_fd", "_loop", "_pid", "_ready", "_status",
-        "_tail", "_timer", "channel", "name", "rank", "searched", "stage", "started",
+        "_tail", "attempt", "channel", "name", "rank", "reached", "searched", "stage",
     )  # fmt: skip
 
     def __init__(
@@ -59,11 +59,12 @@ class Call:
         self.searched = False
         """Whether this call already looks for a Python of another name."""
         self.stage = "connect"
-        self.started = loop.now
         self.channel: Channel | None = None
-        self._timer: Timer | None = None
+        self.attempt = 1
+        self.reached: Callable[[Call], None] = _nothing
+        """Called when the loader has spoken."""
 
-    def start(self, argv: list[str], env: dict[str, str], connect_s: float) -> None:
+    def start(self, argv: list[str], env: dict[str, str]) -> None:
         """Start the connector."""
         ours, theirs = socketpair(AF_UNIX, SOCK_STREAM)
         error, their_error = os.pipe()
@@ -86,13 +87,10 @@ class Call:
         self._loop.watch(self._fd, READ, self._readable)
         self._loop.watch(error, READ, self._error_readable)
         self._loop.reap(self._pid, self._ended)
-        self._timer = self._loop.at(connect_s, self._too_late)
 
     def settled(self) -> None:
-        """The agent has introduced itself: no deadline any more."""
+        """The agent has introduced itself."""
         self.stage = "ready"
-        if self._timer is not None:
-            self._timer.cancel()
 
     @property
     def tail(self) -> bytes:
@@ -103,17 +101,18 @@ class Call:
         """The connector's wait status, -1 while it runs."""
         return self._status
 
-    def abort(self, reason: str) -> None:
-        """Give up; *failed* is called unless the call is over already."""
+    def abandon(self) -> None:
+        """Give up without a word."""
         self._kill()
-        if self.stage not in ("ready", "failed"):
-            self._fail(reason)
-
-    def _too_late(self) -> None:
-        self._kill()
+        self.stage = "failed"
+        self._close_own()
         if self.channel is not None:
-            self.channel.close("timeout")
-        self._fail("timeout")
+            self.channel.close("abandoned")
+
+    def gone(self) -> None:
+        """The agent has closed its channel before it introduced itself."""
+        if self._status >= 0:
+            self._fail("agent ended")
 
     def _kill(self) -> None:
         if self._pid and self._status < 0:
@@ -125,12 +124,9 @@ class Call:
     def _fail(self, reason: str) -> None:
         if self.stage in ("ready", "failed"):
             return
-        if self._timer is not None:
-            self._timer.cancel()
-        stage, self.stage = self.stage, f"failed at {self.stage}"
+        stage, self.stage = self.stage, "failed"
         self._close_own()
         self._failed(self, stage + ":" + reason)
-        self.stage = "failed"
 
     def _close_own(self) -> None:
         if self._fd >= 0:
@@ -170,9 +166,7 @@ class Call:
         verb = words[0] if words else b""
         if self.stage == "connect":
             self.stage = "agent"
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self._loop.at(AGENT_S, self._too_late)
+            self.reached(self)
         if verb == b"have":
             fd, self._fd = self._fd, -1
             self._loop.unwatch(fd)
@@ -246,3 +240,7 @@ class Call:
     def _over(self) -> None:
         if self.channel is None and self.stage not in ("ready", "failed"):
             self._fail("connector ended")
+
+
+def _nothing(_call: Call) -> None:
+    pass

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_SIZE = 128 << 10
+SILENCE_PINGS = 4
+"""A neighbour that says nothing for so many ping times is lost."""
 DRAINED_SIZE = 256 << 10
 HELD_SIZE_MAX = 64 << 20
 """What a neighbour may leave untaken.  Orders are bounded by the head's window, so only a

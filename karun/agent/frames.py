@@ -36,9 +36,15 @@ REFUSE = 5
 RESYNC = 6
 CALL = 7
 QUIT = 8
+RECALL = 9
 # Up: child to parent.
 ATTACH = 16
 EVENT = 17
+# To the parent only.
+ASK = 20
+RETURN = 21
+SETTLED = 22
+CANNOT = 23
 # Between neighbours.
 PING = 30
 PROVE = 31
@@ -56,7 +62,6 @@ EXITED = 2
 FAILED = 3
 LOST = 4
 CONSUMED = 5
-ASK = 6
 
 
 class FrameError(ValueError):

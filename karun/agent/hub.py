@@ -1,4 +1,4 @@
-"""The lower side of a node of the tree, agent or head: whom it calls, its children, the way down.
+"""The lower side of a node of the tree, agent or head: its children, and the ways down.
 
 Invariants
   * a frame goes down the way on which its node attached last;
@@ -14,19 +14,19 @@ from _socket import AF_INET, AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SOCK_STREAM
 from _socket import socket as Socket
 
 from . import frames, proof
-from .caller import NO_PYTHON, Call
-from .channel import Channel
-from .loop import READ, Loop
-from .setup import Dialling, Setup
+from .channel import SILENCE_PINGS, Channel
+from .dialer import Dialer
+from .loop import READ, Loop, boot_id
+from .setup import ALWAYS, Dialling, Setup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SILENCE_PINGS = 4
+    from .caller import Call
+
 STRANGERS_MAX = 64
 STRANGER_S = 5.0
-NOT_FOUND = 127
 
 
 class Hub:
@@ -36,70 +36,42 @@ class Hub:
         self,
         loop: Loop,
         setup: Setup,
+        dialling: Dialling,
+        archive: bytes,
+        *,
         up: Callable[[int, int, bytes], None],
+        tell_parent: Callable[[int, bytes], None],
         lost: Callable[[int, str], None],
         failed: Callable[[int, str, bytes, int], None],
-        free: Callable[[int], None],
-        *,
         local: bool,
     ) -> None:
-        """*up(kind, rank, payload)* gets what comes from below, *lost(rank, reason)* a child that
-        had attached, *failed(rank, "stage:reason", connector's words, wait status)* a call.
-        *free(count)* is told that so many calls more could be under way.
+        """*up(kind, rank, payload)* gets what comes from below for the head, *tell_parent(kind,
+        payload)* what is for the parent, *lost(rank, reason)* a child that had attached,
+        *failed(rank, "stage:reason", connector's words, wait status)* a node that is given up.
         *local*: all nodes are on this machine, so nobody else need find the way back."""
         self._loop = loop
         self._setup = setup
         self._local = local
-        self._up, self._lost, self._failed = up, lost, failed
-        self._free, self._filling = free, False
+        self._up, self._lost = up, lost
         self._routes: dict[int, Channel] = {}
-        self._calls: dict[int, Call] = {}
-        self._waiting: list[tuple[int, str]] = []
-        self._dialling: Dialling | None = None
-        self._archive = b""
+        self._forced = dialling.tree == ALWAYS
+        self._boot_id = boot_id()
+        self.dialer = Dialer(
+            loop, dialling, archive, is_head=setup.rank == frames.HEAD, connected=self.connected,
+            failed=failed, down=self.send, up=tell_parent,
+        )  # fmt: skip
         self._strangers: dict[Channel, bytes] = {}
         self._listener: Socket | None = None
-        self._env = dict(os.environ)
         self.children: set[Channel] = set()
         self.ancestors: list[tuple[str, int]] = []
-        self.ready_s: list[float] = []
-        """How long the calls took that succeeded: what the launch plan goes by."""
         self._next_tick = loop.now + setup.ping_s
         self._paused = False
         self._port = 0
         self._empty: Callable[[], None] | None = None
         loop.at(setup.ping_s, self._tick)
 
-    # Calling.
-
-    def dial(self, dialling: Dialling, archive: bytes) -> None:
-        self._dialling, self._archive = dialling, archive
-
-    def call(self, nodes: list[tuple[int, str]]) -> None:
-        """Call these, a window at a time."""
-        self._waiting.extend(nodes)
-        self._fill()
-
-    def _fill(self) -> None:
-        assert self._dialling is not None
-        while self._waiting and len(self._calls) < self._dialling.window:
-            rank, name = self._waiting.pop(0)
-            self._start(rank, name, search=False)
-        room = self._dialling.window - len(self._calls)
-        if room > 0 and not self._filling:
-            self._filling = True
-            self._free(room)
-            self._filling = False
-
-    def _start(self, rank: int, name: str, *, search: bool) -> None:
-        assert self._dialling is not None
-        call = Call(self._loop, rank, name, self._archive, self._ready, self._call_failed)
-        call.searched = search
-        self._calls[rank] = call
-        argv = self._dialling.command(name, search=search)
-        call.start(argv, self._env, self._dialling.connect_s)
-
-    def _ready(self, call: Call, channel: Channel, early: bytes) -> None:
+    def connected(self, call: Call, channel: Channel, early: bytes) -> None:
+        """A call has come through: set its agent up."""
         self._listen()
         mine = self._setup
         setup = Setup(
@@ -112,18 +84,6 @@ class Hub:
         channel.start(self._frame, self._closed, early)
         if self._paused:
             channel.pause(True)
-
-    def _call_failed(self, call: Call, reason: str) -> None:
-        assert self._dialling is not None
-        del self._calls[call.rank]
-        missing = call.status >= 0 and os.waitstatus_to_exitcode(call.status) == NOT_FOUND
-        if missing and self._dialling.lined:
-            reason = "agent:" + NO_PYTHON
-        if reason.endswith(NO_PYTHON) and self._dialling.lined and not call.searched:
-            self._start(call.rank, call.name, search=True)
-            return
-        self._failed(call.rank, reason, call.tail, call.status)
-        self._fill()
 
     # The ways down.
 
@@ -152,32 +112,47 @@ class Hub:
                 channel.pause(paused)
 
     def _frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
-        if kind < frames.ATTACH or kind > frames.EVENT:
+        if frames.ASK <= kind <= frames.CANNOT:
+            self.dialer.told(channel.peer, kind, payload)
+        elif kind == frames.EVENT:
+            self._up(kind, rank, payload)
+        elif kind == frames.ATTACH:
+            self._attached(channel, rank, payload)
+        else:
             channel.close("protocol error: a child gives no orders")
+
+    def _attached(self, channel: Channel, rank: int, payload: bytes) -> None:
+        call = self.dialer.call_of(channel)
+        before = self._routes.get(rank)
+        self._routes[rank] = channel  # before it is given work
+        if call is not None and not self.dialer.attached(call, calls=self._can_call(payload)):
+            if before is not None:
+                self._routes[rank] = before
+            channel.close("another try was quicker")
             return
-        if kind == frames.ATTACH:
-            self._routes[rank] = channel
-            call = self._calls.get(rank)
-            if call is not None and call.channel is channel:
-                call.settled()
-                self.ready_s.append(self._loop.now - call.started)
-                del self._calls[rank]
-                self._fill()
-        self._up(kind, rank, payload)
+        if call is None and rank == channel.peer:
+            self.dialer.came(rank)
+        elif call is None:
+            self.dialer.seen(channel.peer, rank)
+        self._up(frames.ATTACH, rank, payload)
+
+    def _can_call(self, payload: bytes) -> bool:
+        """Whether a node would make the launch quicker: not if it shares this machine."""
+        return self._forced or frames.unpack(payload)[3] != self._boot_id
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)
         if self._empty is not None and not self.children:
             self._empty()
-        call = self._calls.get(channel.peer)
-        if call is not None and call.channel is channel:
-            if call.status >= 0:
-                call.abort("agent ended")
+        call = self.dialer.call_of(channel)
+        if call is not None:
+            call.gone()
             return
         current = self._routes.get(channel.peer) is channel
         for rank in [rank for rank, way in self._routes.items() if way is channel]:
             del self._routes[rank]
         if current:
+            self.dialer.lost(channel.peer)
             self._lost(channel.peer, reason)
 
     def _tick(self) -> None:
@@ -264,9 +239,7 @@ class Hub:
         if self._listener is not None:
             self._loop.unwatch(self._listener.fileno())
             self._listener.close()
-        self._waiting.clear()
-        for call in list(self._calls.values()):
-            call.abort("stopped")
+        self.dialer.stop()
         for channel in [*self.children, *self._strangers]:
             channel.close("stopped")
 

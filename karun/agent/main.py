@@ -14,14 +14,17 @@ import os
 import sys
 
 from . import frames
-from .channel import Channel
-from .hub import SILENCE_PINGS, Hub
+from .channel import SILENCE_PINGS, Channel
 from .keeper import Keeper
-from .loop import Loop
+from .loop import Loop, boot_id
 from .member import Member
 from .process import SIGKILL, Process
-from .rejoin import Rejoin
 from .setup import Dialling, Setup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .hub import Hub
+    from .rejoin import Rejoin
 
 SETUP_S = 60.0
 QUIT_S = 2.0
@@ -59,8 +62,6 @@ class Agent:
         self._processes: dict[int, Process] = {}
         self._rejoin: Rejoin | None = None
         self._ending = False
-        self._asked = False
-        """Whether the head knows that this node could call more."""
         self._next_tick = 0.0
         self.loop.at(SETUP_S, self._never_set_up)
         self._up.start(self._from_above, self._parent_lost)
@@ -119,10 +120,9 @@ class Agent:
     def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
         self._tell(frames.FAILED, rank, reason, words, status)
 
-    def _free(self, _room: int) -> None:
-        if not self._asked:
-            self._asked = True
-            self._tell(frames.ASK)
+    def _tell_parent(self, kind: int, payload: bytes) -> None:
+        if self._up is not None:
+            self._up.send(kind, self._member.rank, payload)
 
     # The way up is lost, and found.
 
@@ -147,6 +147,8 @@ class Agent:
         if self._hub is not None:
             self._hub.pause(False)
         self._member.joined = False
+        from .rejoin import Rejoin
+
         many = len(self._setup.ancestors) > 1
         self._rejoin = Rejoin(
             self.loop, self._setup, 1 if many and reason == SILENT else 0, self._parent_found
@@ -201,6 +203,8 @@ class Agent:
             self._attach()
         elif kind == frames.CALL:
             self._call(payload)
+        elif kind == frames.RECALL and self._hub is not None:
+            self._hub.dialer.recalled()
         elif kind == frames.QUIT or (kind == frames.REFUSE and member.refused(payload)):
             self._quit()
 
@@ -252,29 +256,31 @@ class Agent:
 
     def _call(self, payload: bytes) -> None:
         dialling, nodes = frames.unpack(payload)
-        import zlib
-
-        hub = self._become_relay()
-        with open(sys.path[0], "rb") as archive:
-            hub.dial(Dialling.decode(dialling), zlib.compress(archive.read(), 9))
-        self._asked = False
+        if self._hub is None:
+            self._become_relay(Dialling.decode(dialling))
+        assert self._hub is not None
         fields = frames.unpack(nodes)
-        hub.call(
+        self._hub.dialer.take(
             [
                 (frames.number(rank), frames.text(name))
                 for rank, name in zip(fields[::2], fields[1::2], strict=True)
             ]
         )
 
-    def _become_relay(self) -> Hub:
+    def _become_relay(self, dialling: Dialling) -> None:
+        # What only relays need is not loaded by leaves, which are the most.
+        import zlib
+
+        from .hub import Hub
+
         assert self._setup is not None
-        if self._hub is None:
-            self._hub = Hub(
-                self.loop, self._setup, self._send_up, self._child_lost, self._call_failed,
-                self._free,
-                local="SSH_CONNECTION" not in os.environ,
-            )  # fmt: skip
-        return self._hub
+        with open(sys.path[0], "rb") as archive:
+            data = zlib.compress(archive.read(), 9)
+        self._hub = Hub(
+            self.loop, self._setup, dialling, data,
+            up=self._send_up, tell_parent=self._tell_parent, lost=self._child_lost,
+            failed=self._call_failed, local="SSH_CONNECTION" not in os.environ,
+        )  # fmt: skip
 
     def _quit(self) -> None:
         """End everything of this run on this node and below, then this agent."""
@@ -294,12 +300,3 @@ class Agent:
 
 def _is_member(bits: bytes, rank: int) -> bool:
     return rank >> 3 < len(bits) and bool(bits[rank >> 3] >> (rank & 7) & 1)
-
-
-def boot_id() -> bytes:
-    """Return what tells machines apart: nodes on the head's own machine make no quicker tree."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id", "rb", buffering=0) as file:
-            return file.read(36)
-    except OSError:
-        return b""

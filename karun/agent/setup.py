@@ -10,6 +10,8 @@ from __future__ import annotations
 from . import frames
 
 VERSION = 1
+AUTO, ALWAYS, NEVER = "auto", "always", "never"
+"""Whether nodes call nodes: as it turns out, by order, not at all."""
 OTHER_PYTHONS = "python3.13 python3.12 python3.11 python3.10 python3.14 python3"
 
 
@@ -68,7 +70,7 @@ class Setup:
 class Dialling:
     """How nodes are called: connector, archive, deadlines; the same for the head and relays."""
 
-    __slots__ = ("argv", "connect_s", "digest", "lined", "loader", "python", "window")
+    __slots__ = ("argv", "connect_s", "digest", "lined", "loader", "python", "tree", "window")
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class Dialling:
         digest: str,
         connect_s: float,
         window: int,
+        tree: str,
     ) -> None:
         self.argv = argv
         """The connector; `%h` becomes the node's name, `%%` a percent sign."""
@@ -89,6 +92,12 @@ class Dialling:
         self.connect_s = connect_s
         self.window = window
         """Calls at a time."""
+        self.tree = tree
+
+    @property
+    def is_proved(self) -> bool:
+        """Whether it is known that nodes can call nodes, or that they cannot."""
+        return self.tree != AUTO
 
     def command(self, node: str, *, search: bool) -> list[str]:
         """Return the words that start the agent on *node*; *search*: by any Python's name."""
@@ -109,12 +118,12 @@ class Dialling:
     def encode(self) -> bytes:
         return frames.pack(
             frames.pack(*self.argv), int(self.lined), self.python, self.loader, self.digest,
-            int(self.connect_s * 1000), self.window,
+            int(self.connect_s * 1000), self.window, self.tree,
         )  # fmt: skip
 
     @classmethod
     def decode(cls, payload: bytes) -> Dialling:
-        argv, lined, python, loader, digest, connect_ms, window = frames.unpack(payload)
+        argv, lined, python, loader, digest, connect_ms, window, tree = frames.unpack(payload)
         return cls(
             [frames.text(word) for word in frames.unpack(argv)],
             lined=lined == b"1",
@@ -123,6 +132,7 @@ class Dialling:
             digest=frames.text(digest),
             connect_s=frames.number(connect_ms) / 1000,
             window=frames.number(window),
+            tree=frames.text(tree),
         )
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 import trio
 
 from karun.agent.frames import HEAD
+from karun.agent.setup import ALWAYS
 from karun.api import Outcome, Run
 from karun.engine import Limits
 from tests.support.karun import Collect
 from tests.support.volumes import until
 
 NODE_COUNT = 40
-LIMITS = Limits(arity=3, ping_s=0.25, reattach_s=4.0)
+LIMITS = Limits(tree=ALWAYS, window=2, ping_s=0.25, reattach_s=4.0)
 OUTPUT_LINES = 200
 
 
@@ -183,7 +184,7 @@ async def test_connections_can_be_cut_while_nodes_write(tmp_path: Path) -> None:
 
 async def test_nodes_end_their_commands_when_the_head_is_gone_for_good(tmp_path: Path) -> None:
     results: list[Outcome] = []
-    limits = Limits(arity=3, ping_s=0.25, reattach_s=1.0)
+    limits = Limits(tree=ALWAYS, window=2, ping_s=0.25, reattach_s=1.0)
     with trio.CancelScope() as scope:
         async with scene(tmp_path, results, limits) as the:
             pids = [the.agent(rank) for rank in range(NODE_COUNT)]

@@ -25,9 +25,12 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
         pytest.skip(str(error))
 
 
-async def run_true(config: str, nodes: list[str], connect_s: float = 15.0) -> list[Outcome]:
+async def run_true(
+    config: str, nodes: list[str], connect_s: float = 30.0, login_s: float = 60.0
+) -> list[Outcome]:
     connector = api.connector("ssh", ssh_config=config, connect_s=connect_s)
-    async with Run(nodes, connector, limits=Limits(connect_s=connect_s)) as run:
+    limits = Limits(connect_s=connect_s, login_s=login_s)
+    async with Run(nodes, connector, limits=limits) as run:
         return await run.command(["true"])
 
 
@@ -39,10 +42,12 @@ def config(sshd: Sshd, path: Path, **settings: str) -> str:
 async def test_many_nodes_run_a_command_and_tell_their_codes(sshd: Sshd) -> None:
     sink = Collect()
     nodes = addresses(24)
-    async with Run(nodes, api.connector("ssh", ssh_config=str(sshd.config))) as run:
+    connector = api.connector("ssh", ssh_config=str(sshd.config), connect_s=60.0)
+    async with Run(nodes, connector, limits=Limits(connect_s=60.0)) as run:
         script = "echo $KARUN_NODE; exit $KARUN_RANK"
         outcomes = await run.command([script], line=True, sink=sink)
         again = await run.command(["cat"], stdin=b"for all", sink=(second := Collect()))
+    assert [one.reason for one in outcomes] == [None] * 24
     assert [outcome.exit_code for outcome in outcomes] == list(range(24))
     assert [sink.outputs[rank, 1].decode() for rank in range(24)] == [f"{n}\n" for n in nodes]
     assert {outcome.exit_code for outcome in again} == {0}
@@ -88,7 +93,7 @@ async def test_a_host_that_does_not_answer_is_given_up_after_the_connect_timeout
 ) -> None:
     path = tmp_path / "config"
     path.write_text("Host 127.1.0.2\n  ProxyCommand sleep 1000\n" + sshd.client_config())
-    outcomes = await run_true(str(path), addresses(3), connect_s=2.0)
+    outcomes = await run_true(str(path), addresses(3), connect_s=1.0, login_s=2.0)
     assert [outcome.exit_code for outcome in outcomes] == [0, 255, 0]
     assert "timeout" in str(outcomes[1].reason)
 

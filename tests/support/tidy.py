@@ -80,7 +80,7 @@ PURE: frozenset[str] = frozenset(
         "karun/connectors.py",
         "karun/feed.py",
         "karun/fold.py",
-        "karun/launch.py",
+        "karun/launch_plan.py",
         "karun/lines.py",
         "karun/naming.py",
         "karun/output.py",
