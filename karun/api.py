@@ -168,10 +168,9 @@ class Run:
                 if command.pending:
                     await done.wait()
                 nursery.cancel_scope.cancel()
-        except trio.Cancelled:
-            if not engine.closed:
-                engine.signal(command, 9)
-            raise
+        finally:
+            if command.pending and not engine.closed:
+                engine.abandon(command)
         return recorder.outcomes(range(len(self.nodes)) if ranks is None else ranks)
 
 

@@ -22,7 +22,7 @@ from karun import reasons
 from karun.agent import frames
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
-from karun.agent.process import OUT_OF_TIME
+from karun.agent.process import OUT_OF_TIME, SIGKILL
 from karun.agent.setup import AUTO, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
@@ -178,6 +178,15 @@ class Engine:
     def signal(self, command: Command, number: int) -> None:
         """Send a signal to the command's processes on all nodes."""
         self._order(frames.SIGNAL, command.number, number)
+
+    def abandon(self, command: Command) -> None:
+        """Kill a command everywhere, and hear no more of it."""
+        self.signal(command, SIGKILL)
+        self._commands.pop(command.number, None)
+
+    def pause(self, paused: bool) -> None:
+        """Take nothing more from the nodes, or go on."""
+        self._hub.pause(paused)
 
     def quit(self) -> None:
         """End every process and agent of the run; `close` must follow."""

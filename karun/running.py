@@ -11,34 +11,31 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import trio
 
 from karun import api, nodes
 from karun.engine import Command, Limits
 from karun.feed import CHUNK_SIZE
-from karun.lines import STDERR, STDOUT
-from karun.output import Form, Printer, Style, make_printer, wants_colour
-from karun.sinks import NodeFiles, Terminal
+from karun.lines import STDERR
+from karun.options import TERMINAL, Options, printing
+from karun.output import Printer
 
-__all__ = ["Options", "main"]
+__all__ = ["Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
-TERMINAL = Terminal()
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
-    """The options of `karun run`, as the command line has them."""
+class Where:
+    """The options of `karun run` and `karun session start` that say which nodes, and how."""
 
     nodes: tuple[str, ...]
     excluded: tuple[str, ...]
     groups: tuple[str, ...]
     everyone: bool
     hostfiles: tuple[str, ...]
-    session: str | None
     via: str
     ssh_config: str | None
     no_fast_ssh: bool
@@ -46,71 +43,36 @@ class Options:
     fanout: int
     tree: str
     connect_s: float
-    limit_s: float
-    gather: bool
-    gather_all: bool
-    by_line: bool
-    no_label: bool
-    diff: bool
-    as_json: bool
-    outdir: str | None
-    errdir: str | None
-    highest: bool
-    no_stdin: bool
-    quiet: bool
-    cwd: str
-    env: tuple[str, ...]
-    sudo: bool
-    pty: bool
-    command: tuple[str, ...]
 
-    def style(self) -> Style:
-        """Return what is said of output."""
-        form = Form.LABELLED
-        if self.as_json:
-            form = Form.JSON
-        elif self.gather_all:
-            form = Form.GATHERED_ALL
-        elif self.gather or self.diff:
-            form = Form.GATHERED
-        elif self.outdir:
-            form = Form.SILENT
-        return Style(
-            form=form,
-            by_line=self.by_line,
-            diff=self.diff,
-            label=not self.no_label,
-            highest=self.highest,
-            quiet=self.quiet,
-            colour_out=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDOUT)),
-            colour_err=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDERR)),
+    def names(self) -> list[str]:
+        """Return the nodes; raises KaError USAGE."""
+        return nodes.select(
+            self.nodes,
+            exclude=self.excluded,
+            in_groups=self.groups,
+            hostfiles=self.hostfiles,
+            everyone=self.everyone,
         )
 
+    def run(self, names: list[str]) -> api.Run:
+        """Return the run over these nodes, not yet entered."""
+        connector = api.connector(
+            self.via,
+            user=self.user,
+            ssh_config=self.ssh_config,
+            connect_s=self.connect_s,
+            fast_ssh=not self.no_fast_ssh,
+            sample=names[0],
+        )
+        limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
+        return api.Run(names, connector, limits=limits)
 
-def main(options: Options) -> int:
+
+def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
-    names = nodes.select(
-        options.nodes,
-        exclude=options.excluded,
-        in_groups=options.groups,
-        hostfiles=options.hostfiles,
-        everyone=options.everyone,
-    )
-    files = None
-    if options.outdir or options.errdir:
-        files = NodeFiles(
-            names,
-            Path(options.outdir) if options.outdir else None,
-            Path(options.errdir) if options.errdir else None,
-        )
-    printer = make_printer(
-        nodes.Names(names), TERMINAL, options.style(), files.append if files else None
-    )
-    try:
-        return trio.run(_run, options, names, printer)
-    finally:
-        if files:
-            files.close()
+    names = where.names()
+    with printing(options, nodes.Names(names)) as printer:
+        return trio.run(_run, where.run(names), options, printer)
 
 
 class _Prints:
@@ -131,22 +93,13 @@ class _Prints:
         self._printer.failed(rank, reason, stage)
 
 
-async def _run(options: Options, names: list[str], printer: Printer) -> int:
-    connector = api.connector(
-        options.via,
-        user=options.user,
-        ssh_config=options.ssh_config,
-        connect_s=options.connect_s,
-        fast_ssh=not options.no_fast_ssh,
-        sample=names[0],
-    )
-    argv, line = _words(options)
-    limits = Limits(window=options.fanout, connect_s=options.connect_s, tree=options.tree)
+async def _run(run: api.Run, options: Options, printer: Printer) -> int:
+    argv, line = options.words()
     ended = False
     running: list[Command] = []
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_interruptions, names, running, nursery.cancel_scope)
-        async with api.Run(names, connector, limits=limits) as run:
+        nursery.start_soon(_interruptions, run.nodes, running, nursery.cancel_scope)
+        async with run:
             await run.command(
                 argv,
                 sink=_Prints(printer, nursery.cancel_scope.cancel),
@@ -162,15 +115,6 @@ async def _run(options: Options, names: list[str], printer: Printer) -> int:
         nursery.cancel_scope.cancel()
     code = printer.finish()
     return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
-
-
-def _words(options: Options) -> tuple[list[str], bool]:
-    """Return the command's words, and whether the only one is a line for a shell."""
-    words = list(options.command)
-    line = len(words) == 1 and any(character in words[0] for character in " \t\n;|&<>$`")
-    if options.sudo and line:
-        return ["sudo", "-n", "--", "sh", "-c", words[0]], False
-    return (["sudo", "-n", "--", *words] if options.sudo else words), line
 
 
 async def _stdin() -> AsyncIterator[bytes]:
