@@ -99,6 +99,7 @@ PURE: frozenset[str] = frozenset(
         "karun/fold.py",
         "karun/feed.py",
         "karun/connectors.py",
+        "karun/copied.py",
         "karun/agent/setup.py",
         "karun/agent/member.py",
         "karun/agent/frames.py",
