@@ -2,8 +2,8 @@
 
 A zip of `karun/agent` with the compiled modules of this Python beside the sources (without comments
 and docstrings): a node with the same version compiles nothing, another one compiles what it needs.
-Reproducible: names sorted, times fixed, compiled modules without times.  Kept in the user's cache, under the digest of what it
-was made from, because compiling takes longer than reading.
+Reproducible: names sorted, times fixed, compiled modules without times.  Kept in the user's cache,
+under the digest of what it was made from, because compiling takes longer than reading.
 
 Nothing in the zip is compressed: unpacking would make every node load zlib at each start.  What
 goes over the wire, once for each node, is.

@@ -24,7 +24,9 @@ ALLOWED = {
     )),
 }  # fmt: skip
 """What a leaf of the tree loads.  Adding to it costs every node of every run."""
-AT_START = {"os", "os.path", "stat", "_stat", "posixpath", "genericpath", "_collections_abc", "zipimport"}
+AT_START = {
+    "os", "os.path", "stat", "_stat", "posixpath", "genericpath", "_collections_abc", "zipimport",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
