@@ -97,10 +97,12 @@ class Dialer:
 
     # Events.
 
-    def take(self, nodes: list[tuple[int, str]]) -> None:
-        """Take nodes to call."""
+    def take(
+        self, nodes: list[tuple[int, str]], times: tuple[float, float, float] | None = None
+    ) -> None:
+        """Take nodes to call; *times* is what the parent knows of calls."""
         self._names.update(nodes)
-        self._do(self._caller.given([rank for rank, _ in nodes], monotonic()))
+        self._do(self._caller.given([rank for rank, _ in nodes], monotonic(), times=times))
 
     def call_of(self, channel: Channel) -> Call | None:
         """Return the call under way whose channel this is."""
@@ -214,7 +216,8 @@ class Dialer:
             self._give_up(rank)
         elif kind == GIVE:
             nodes = [field for one in action.ranks for field in (one, self._names[one])]
-            payload = frames.pack(self._dialling.encode(), frames.pack(*nodes))
+            times = (int(seconds * 1e6) for seconds in action.times)
+            payload = frames.pack(self._dialling.encode(), frames.pack(*nodes), *times)
             self._down(rank, frames.CALL, payload)
         elif kind == RECALL:
             self._down(rank, frames.RECALL, b"")
