@@ -79,6 +79,7 @@ def connector(
     return connectors.make(
         via,
         python=os.path.realpath(sys.executable),
+        with_libraries=sys.executable,
         user=user,
         ssh_config=ssh_config,
         connect_s=connect_s,

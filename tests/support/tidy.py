@@ -52,7 +52,7 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 ONLY_IMPORTER: dict[str, str | None] = {
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
-    "paramiko": None,  # nobody yet
+    "paramiko": "karun/ssh.py",
     "prometheus_client": "common/metrics.py",
     "pyfuse3": "nfsp/client/fuse.py",
     "rich": "karun/top_table.py",
