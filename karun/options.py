@@ -53,8 +53,6 @@ class Options:
             form = Form.GATHERED_ALL
         elif self.gather or self.diff:
             form = Form.GATHERED
-        elif self.outdir:
-            form = Form.SILENT
         return Style(
             form=form,
             by_line=self.by_line,
