@@ -19,6 +19,8 @@ from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import Code, KaError
 from karun import client, moving, planning, running, sessions
+from karun.cli_reboot import reboot
+from karun.cli_shell import shell
 from karun.cli_top import top
 from karun.cli_where import split, where_options
 from karun.client import DEFAULT
@@ -37,7 +39,8 @@ def karun() -> None:
     """Start and control processes on many nodes."""
 
 
-karun.add_command(top)
+for command in (reboot, shell, top):
+    karun.add_command(command)
 
 
 def main() -> NoReturn:

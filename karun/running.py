@@ -1,7 +1,7 @@
 """What `karun run` does with its options: a `Run`, a printer, standard input, interruptions.
 
-Ctrl-C on a terminal: once says who is being waited for, twice stops everything.  Without a
-terminal once is enough.
+On a terminal a line says how far it is.  Ctrl-C: once says who is being waited for, as ENTER does;
+twice stops everything.  Without a terminal once is enough.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from karun import api, nodes
+from karun.connectors import Connector
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
@@ -27,6 +28,8 @@ __all__ = ["Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
+STDIN = 0
+BACKGROUND_S = 1.0
 DRAW_S = 0.3
 
 
@@ -57,9 +60,9 @@ class Where:
             everyone=self.everyone,
         )
 
-    def run(self, names: list[str]) -> api.Run:
-        """Return the run over these nodes, not yet entered."""
-        connector = api.connector(
+    def connector(self, names: list[str]) -> Connector:
+        """Return how these nodes are called."""
+        return api.connector(
             self.via,
             user=self.user,
             ssh_config=self.ssh_config,
@@ -67,8 +70,11 @@ class Where:
             fast_ssh=not self.no_fast_ssh,
             sample=names[0],
         )
+
+    def run(self, names: list[str]) -> api.Run:
+        """Return the run over these nodes, not yet entered."""
         limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
-        return api.Run(names, connector, limits=limits)
+        return api.Run(names, self.connector(names), limits=limits)
 
 
 def main(where: Where, options: Options) -> int:
@@ -104,6 +110,8 @@ async def _run(run: api.Run, options: Options, printer: Printer) -> int:
         nursery.start_soon(_interruptions, progress, nursery.cancel_scope)
         if os.isatty(STDERR):
             nursery.start_soon(_draw, progress)
+            if os.isatty(STDIN):
+                nursery.start_soon(_enters, progress)
         async with run:
             await run.command(
                 argv,
@@ -132,7 +140,7 @@ async def _draw(progress: Progress) -> None:
     """Keep a status line at the foot of the terminal, until cancelled."""
     started = trio.current_time()
     columns = shutil.get_terminal_size().columns
-    line = StatusLine(_to_terminal, started=started, columns=columns)
+    line = StatusLine(TERMINAL.draw, started=started, columns=columns)
     TERMINAL.before = line.clear
     try:
         while True:
@@ -142,10 +150,6 @@ async def _draw(progress: Progress) -> None:
     finally:
         line.clear()
         TERMINAL.before = None
-
-
-def _to_terminal(data: bytes) -> None:
-    os.write(STDERR, data)
 
 
 async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
@@ -158,6 +162,23 @@ async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
                 scope.cancel()
                 return
             last = now
-            for line in progress.status(now - started):
-                TERMINAL.write(STDERR, line.encode() + b"\n")
+            _tell(progress, now - started)
             TERMINAL.write(STDERR, b"karun: ^C again stops everything\n")
+
+
+async def _enters(progress: Progress) -> None:
+    """Answer ENTER with whom the run waits for, while the terminal is ours to read."""
+    started = trio.current_time()
+    while True:
+        await trio.lowlevel.wait_readable(STDIN)
+        if os.tcgetpgrp(STDIN) != os.getpgrp():  # reading in the background would stop us
+            await trio.sleep(BACKGROUND_S)
+        elif os.read(STDIN, CHUNK_SIZE):
+            _tell(progress, trio.current_time() - started)
+        else:
+            return
+
+
+def _tell(progress: Progress, elapsed_s: float) -> None:
+    for line in progress.status(elapsed_s):
+        TERMINAL.write(STDERR, line.encode("utf-8", "replace") + b"\n")
