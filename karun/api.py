@@ -144,6 +144,7 @@ class Run:
         limit_s: float = 0.0,
         started: Callable[[Command], None] | None = None,
         task: bool = False,
+        place: tuple[int, int] | None = None,
     ) -> list[Outcome]:
         """Run a command on all nodes (or on *ranks*), and wait for its end on each.
 
@@ -152,6 +153,7 @@ class Run:
         pty: give it a terminal.  limit_s: TERM after so long, KILL two seconds later; 0: never.
         started: called with the `Command`, through which it can be signalled.
         task: the words are those of a task of the agent's own (karun/agent/task.py).
+        place: it is part of an MPI program (karun/mpi.py).
         Cancelled: the command's processes are killed on every node.
         """
         engine = self.engine
@@ -159,7 +161,7 @@ class Run:
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         command = engine.command(
             argv, recorder, ranks=ranks, line=line, pty=pty, cwd=cwd, env=settings,
-            limit_s=limit_s, fed=stdin is not None, task=task,
+            limit_s=limit_s, fed=stdin is not None, task=task, place=place,
         )  # fmt: skip
         done = trio.Event()
         command.done = done.set

@@ -87,6 +87,9 @@ def main() -> NoReturn:
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
 @click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
 @click.option("--pty", is_flag=True, help="Give the command a terminal.")
+@click.option("--mpi", is_flag=True, help="It is an MPI program, built with MPICH or its family.")
+@click.option("--ranks", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Of --mpi, on each node.")  # fmt: skip
 @click.argument("command", nargs=-1, required=True)
 def run(session: str | None, **options: Any) -> None:
     """Run a command on many nodes at once.
@@ -97,6 +100,10 @@ def run(session: str | None, **options: Any) -> None:
     if session is not None:  # karun.entry takes these, unless there is something wrong with them
         raise KaError(Code.USAGE, "with --session: -w, options of output and of the command only")
     where, rest = split(options)
+    if rest["ranks"] > 1 and not rest["mpi"]:
+        raise KaError(Code.USAGE, "--ranks is for --mpi")
+    if rest["mpi"] and (rest["sudo"] or rest["pty"]):
+        raise KaError(Code.USAGE, "--mpi goes with neither --sudo nor --pty")
     sys.exit(running.main(where, Options(**rest)))
 
 

@@ -20,6 +20,7 @@ from karun.connectors import Connector
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
+from karun.mpi import Program, run_program, unit_names
 from karun.options import TERMINAL, Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
@@ -80,8 +81,9 @@ class Where:
 def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
-    with printing(options, nodes.Names(names)) as printer:
-        return trio.run(_run, where.run(names), options, printer)
+    units = unit_names(names, options.ranks) if options.mpi else names
+    with printing(options, nodes.Names(units)) as printer:
+        return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
 
 
 class _Prints:
@@ -102,10 +104,10 @@ class _Prints:
         self._printer.failed(rank, reason, stage)
 
 
-async def _run(run: api.Run, options: Options, printer: Printer) -> int:
-    argv, line = options.words()
-    ended = False
-    progress = Progress(nodes.Names(run.nodes), printer.results)
+async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Names) -> int:
+    ended, abort_code = False, 0
+    progress = Progress(units, printer.results)
+    stdin = None if options.no_stdin or sys.stdin.isatty() else _stdin(progress)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_interruptions, progress, nursery.cancel_scope)
         if os.isatty(STDERR):
@@ -113,20 +115,39 @@ async def _run(run: api.Run, options: Options, printer: Printer) -> int:
             if os.isatty(STDIN):
                 nursery.start_soon(_enters, progress)
         async with run:
-            await run.command(
-                argv,
-                sink=_Prints(printer, nursery.cancel_scope.cancel),
-                stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(progress),
-                line=line,
-                pty=options.pty,
-                cwd=options.cwd,
-                env=dict(setting.partition("=")[::2] for setting in options.env),
-                limit_s=options.limit_s,
-            )
+            sink = _Prints(printer, nursery.cancel_scope.cancel)
+            if options.mpi:
+                abort_code = await run_program(run, _program(options, stdin), sink)
+            else:
+                await _command(run, options, stdin, sink)
             ended = True
         nursery.cancel_scope.cancel()
     code = printer.finish()
-    return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
+    return abort_code or code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
+
+
+async def _command(
+    run: api.Run, options: Options, stdin: AsyncIterator[bytes] | None, sink: api.Sink
+) -> None:
+    argv, line = options.words()
+    await run.command(
+        argv,
+        sink=sink,
+        stdin=stdin,
+        line=line,
+        pty=options.pty,
+        cwd=options.cwd,
+        env=options.settings(),
+        limit_s=options.limit_s,
+    )
+
+
+def _program(options: Options, stdin: AsyncIterator[bytes] | None) -> Program:
+    argv, line = options.words()
+    return Program(
+        argv, options.ranks, line=line, cwd=options.cwd, env=options.settings(),
+        limit_s=options.limit_s, stdin=stdin,
+    )  # fmt: skip
 
 
 async def _stdin(progress: Progress) -> AsyncIterator[bytes]:

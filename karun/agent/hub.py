@@ -100,6 +100,10 @@ class Hub:
         for channel in list(self.children):
             channel.send_raw(data)
 
+    def below(self) -> list[int]:
+        """Return the nodes to which there is a way."""
+        return list(self._routes)
+
     def drop(self, rank: int) -> None:
         """Forget the way to a node: the head has given it up."""
         self._routes.pop(rank, None)
@@ -114,7 +118,7 @@ class Hub:
     def _frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
         if frames.ASK <= kind <= frames.CANNOT:
             self.dialer.told(channel.peer, kind, payload)
-        elif kind == frames.EVENT:
+        elif kind in (frames.EVENT, frames.BARRIER):
             self._up(kind, rank, payload)
         elif kind == frames.ATTACH:
             self._attached(channel, rank, payload)

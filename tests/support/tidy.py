@@ -90,6 +90,7 @@ PURE: frozenset[str] = frozenset(
         "common/messages.py",
         "common/session.py",
         "common/xxh3.py",
+        "karun/agent/barrier.py",
         "karun/agent/frames.py",
         "karun/agent/member.py",
         "karun/agent/setup.py",
