@@ -210,6 +210,8 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
             nursery.start_soon(_drive, engine)
             yield engine
             nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise alone(group) from None
     finally:
         engine.quit()
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):
@@ -248,6 +250,13 @@ async def _room(command: Command) -> None:
         changed = trio.Event()
         feed.changed = changed.set
         await changed.wait()
+
+
+def alone(error: BaseException) -> BaseException:
+    """Return what a group of one holds: that a nursery was about it is nobody's business."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _raise_descriptor_limit() -> None:

@@ -75,7 +75,10 @@ def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
     with printing(options, nodes.Names(names)) as printer:
-        return trio.run(_run, where.run(names), options, printer)
+        try:
+            return trio.run(_run, where.run(names), options, printer)
+        except BaseExceptionGroup as group:
+            raise api.alone(group) from None
 
 
 class _Prints:
