@@ -1,0 +1,72 @@
+"""dnsmasq's log lines: what they say of a machine's boot, as events.
+
+Pure.  The lines are those of `log-dhcp` and TFTP.  Client texts in them (host names, vendor
+classes, paths) are the client's own: they are matched strictly where they stand, at the end, and
+nothing is taken from an odd line.  A line that says nothing of interest gives None.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from common.errors import KaError
+from kaboot.words import parse_mac, printable
+
+__all__ = ["LogEvent", "parse_line"]
+
+LINE_SIZE_MAX = 1024
+DETAIL_SIZE_MAX = 120
+
+_PREFIX = re.compile(
+    r"^(?:<\d+>)?(?:[A-Z][a-z]{2} [ 0-9]\d [0-9:]{8} )?dnsmasq(?:-dhcp|-tftp)?(?:\[\d+\])?: "
+)
+_DHCP = re.compile(
+    r"^(?:\d+ )?(DHCPDISCOVER|DHCPREQUEST|DHCPACK|DHCPNAK|DHCPDECLINE|PXE)\(([^()\s]{1,15})\)"
+    r"(?: (\d{1,3}(?:\.\d{1,3}){3}|proxy))? ([0-9A-Fa-f:]{17})(?: (.*))?$"
+)
+_SENT = re.compile(r"^sent (\S+) to (\d{1,3}(?:\.\d{1,3}){3})$")
+_FAILED = re.compile(
+    r"^(?:failed sending|error \d+ .*received from|file) (.*?)(?: to | not found for )?"
+    r"(\d{1,3}(?:\.\d{1,3}){3})$"
+)
+_STAGES = {
+    "DHCPDISCOVER": "discover",
+    "DHCPREQUEST": "request",
+    "DHCPACK": "lease",
+    "DHCPNAK": "nak",
+    "DHCPDECLINE": "decline",
+    "PXE": "pxe",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LogEvent:
+    """A stage of a boot, of the machine with this MAC or at this address."""
+
+    stage: str
+    mac: str = ""
+    address: str = ""
+    detail: str = ""
+
+
+def parse_line(line: str) -> LogEvent | None:
+    """Return what a line of dnsmasq's log says, if it is of interest."""
+    if len(line) > LINE_SIZE_MAX:
+        return None
+    text = _PREFIX.sub("", line.rstrip("\n"), count=1)
+    if match := _DHCP.match(text):
+        word, _, address, mac, rest = match.groups()
+        try:
+            mac = parse_mac(mac)
+        except KaError:
+            return None
+        detail = printable(rest or "", DETAIL_SIZE_MAX)
+        address = "" if address in (None, "proxy") else address
+        return LogEvent(_STAGES[word], mac=mac, address=address, detail=detail)
+    if match := _SENT.match(text):
+        name = match[1].rpartition("/")[2]
+        return LogEvent("tftp", address=match[2], detail=printable(name, DETAIL_SIZE_MAX))
+    if match := _FAILED.match(text):
+        return LogEvent("tftp-failed", address=match[2], detail=printable(text, DETAIL_SIZE_MAX))
+    return None
