@@ -17,7 +17,7 @@ import click
 from common import log, nodeset
 from common.errors import KaError
 from kaboot import check as checks
-from kaboot import dhcp, scripts, stage, views
+from kaboot import dhcp, scripts, server, stage, views
 from kaboot import inventory as inventory_file
 from kaboot.control import Control
 from kaboot.steps import Action
@@ -80,6 +80,17 @@ def main() -> NoReturn:
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
     sys.exit(0)
+
+
+@kaboot.command("serve", epilog="Example: kaboot -c /etc/kaboot/kaboot.toml serve")
+@click.option("--ready-fd", type=int, hidden=True)
+@click.pass_obj
+def serve_site(config: Path, ready_fd: int | None) -> None:
+    """Serve the site: DHCP and TFTP by dnsmasq, scripts and files by HTTP; until SIGTERM.
+
+    Run it as root: it becomes the user named in the inventory before it answers anybody.
+    """
+    server.serve(config, ready_fd=ready_fd)
 
 
 @kaboot.command("set", epilog="Example: kaboot set pc[1-8] install; kaboot set pc3 custom:memtest")

@@ -6,10 +6,13 @@ for:
 
   iPXE asks            -> the entry script, by HTTP
   BIOS                 -> iPXE (undionly), by TFTP
-  UEFI                 -> Debian's signed shim, which loads GRUB; by TFTP, or by HTTP for HTTP boot
-  UEFI of a node with loader = "ipxe" -> iPXE (snponly)
+  UEFI                 -> Debian's signed shim, which loads its signed GRUB, by TFTP
+  UEFI of a node with loader = "ipxe" -> iPXE (snponly), by TFTP
+  UEFI, HTTP boot      -> iPXE (snponly), by HTTP
 
-DHCP cannot tell whether Secure Boot is on, so UEFI machines get what works with both.
+DHCP cannot tell whether Secure Boot is on, so UEFI machines get what works with both.  HTTP boot
+is the exception: the GRUB that Debian signs cannot go on by HTTP.  With Secure Boot on, firmware
+refuses iPXE and goes on to its next entry, PXE.
 
 Beside a foreign server (proxy) dnsmasq gives no addresses: it answers PXE clients with the boot
 program.  Firmware that ignores such split offers, and HTTP boot, need the site's server to say it:
@@ -60,8 +63,8 @@ _CLIENTS = (
     _Client("bios", (0,), "undionly.kpxe", "undionly.kpxe", pxe_names=("x86PC",)),
     _Client("x64", (7, 9), "shimx64.efi", "snponly.efi", pxe_names=("X86-64_EFI", "BC_EFI")),
     _Client("aa64", (11,), "shimaa64.efi", "snponly-arm64.efi", pxe_names=("ARM64_EFI",)),
-    _Client("x64-http", (16,), "shimx64.efi", "snponly.efi", http=True),
-    _Client("aa64-http", (19,), "shimaa64.efi", "snponly-arm64.efi", http=True),
+    _Client("x64-http", (16,), "snponly.efi", "snponly.efi", http=True),
+    _Client("aa64-http", (19,), "snponly-arm64.efi", "snponly-arm64.efi", http=True),
 )
 # fmt: on
 
@@ -128,8 +131,7 @@ def _boots(site: Site) -> list[str]:
         first = f"tag:!ipxe,tag:{client.tag}"
         if client.http:
             lines += [
-                f"dhcp-boot={first},tag:!wants-ipxe,{site.url}/loader/{client.program}",
-                f"dhcp-boot={first},tag:wants-ipxe,{site.url}/loader/{client.ipxe}",
+                f"dhcp-boot={first},{site.url}/loader/{client.program}",
                 # The firmware takes an offer for HTTP boot only if it says so itself.
                 f"dhcp-option-force=tag:{client.tag},option:vendor-class,HTTPClient",
             ]

@@ -17,6 +17,7 @@ __all__ = ["LogEvent", "parse_line"]
 
 LINE_SIZE_MAX = 1024
 DETAIL_SIZE_MAX = 120
+PATH_SIZE_MAX = 512
 
 _PREFIX = re.compile(
     r"^(?:<\d+>)?(?:[A-Z][a-z]{2} [ 0-9]\d [0-9:]{8} )?dnsmasq(?:-dhcp|-tftp)?(?:\[\d+\])?: "
@@ -42,7 +43,10 @@ _STAGES = {
 
 @dataclass(frozen=True, slots=True)
 class LogEvent:
-    """A stage of a boot, of the machine with this MAC or at this address."""
+    """A stage of a boot, of the machine with this MAC or at this address.
+
+    Of `tftp`, the detail is the path of the file that was sent.
+    """
 
     stage: str
     mac: str = ""
@@ -65,8 +69,11 @@ def parse_line(line: str) -> LogEvent | None:
         address = "" if address in (None, "proxy") else address
         return LogEvent(_STAGES[word], mac=mac, address=address, detail=detail)
     if match := _SENT.match(text):
-        name = match[1].rpartition("/")[2]
-        return LogEvent("tftp", address=match[2], detail=printable(name, DETAIL_SIZE_MAX))
+        return LogEvent("tftp", address=match[2], detail=printable(match[1], PATH_SIZE_MAX))
     if match := _FAILED.match(text):
+        # That GRUB asks in vain for what it might find (module lists, a configuration by address)
+        # is its way.
+        if " not found for " in text and "/files/" not in text:
+            return None
         return LogEvent("tftp-failed", address=match[2], detail=printable(text, DETAIL_SIZE_MAX))
     return None

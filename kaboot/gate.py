@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Gate", "Verdict"]
+__all__ = ["DELAY_S", "Gate", "Verdict"]
 
 DELAY_S = 5
 PATIENCE_S = 4 * DELAY_S
@@ -45,6 +45,15 @@ class Gate:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    def full(self, now_s: float) -> bool:
+        """Whether one more machine would have to wait."""
+        self._forget(now_s)
+        return self.window > 0 and len(self._loading) >= self.window
+
+    def held(self) -> frozenset[str]:
+        """Return the machines that were let in and are not done."""
+        return frozenset(self._loading)
 
     def ask(self, mac: str, now_s: float) -> Verdict:
         """Decide for a machine that asks at this moment.

@@ -6,9 +6,7 @@ but printable ASCII, behind this module.
 
   GET /boot.ipxe                                   the first script of iPXE
   GET /ipxe/MAC?platform=&arch=&serial=&product=   a machine's iPXE script
-  GET /grub/node/MAC/PLATFORM/CPU                  a machine's GRUB configuration
-  GET /grub/grub.cfg                               the first configuration of GRUB, HTTP boot
-  GET /loader/NAME, /NAME                          boot programs, for HTTP boot
+  GET /loader/NAME                                 boot programs, for HTTP boot
   GET /files/PATH                                  kernels, initrds, images
   GET or POST /report/MAC/REPORT?detail=           what the booted system says
   GET /health                                      whether kaboot lives
@@ -54,13 +52,12 @@ class BadRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class EntryRequest:
-    grub: bool
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class ScriptRequest:
     machine: Machine
-    grub: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +113,7 @@ def parse_request(method: bytes, target: bytes) -> Request:
 def _parse(parts: list[str], query: dict[str, str]) -> Request | None:
     match parts:
         case ["boot.ipxe"]:
-            return EntryRequest(grub=False)
-        case ["grub", "grub.cfg"]:
-            return EntryRequest(grub=True)
+            return EntryRequest()
         case ["ipxe", mac]:
             facts = {key: printable(value, FACT_SIZE_MAX) for key, value in query.items()}
             machine = Machine(
@@ -128,16 +123,13 @@ def _parse(parts: list[str], query: dict[str, str]) -> Request | None:
                 serial=facts.get("serial", ""),
                 product=facts.get("product", ""),
             )
-            return ScriptRequest(machine, grub=False)
-        case ["grub", "node", mac, platform, cpu]:
-            platform, cpu = printable(platform, FACT_SIZE_MAX), printable(cpu, FACT_SIZE_MAX)
-            return ScriptRequest(Machine(_mac(mac), platform=platform, arch=cpu), grub=True)
+            return ScriptRequest(machine)
         case ["files", *rest] if rest:
             try:
                 return FileRequest(check_path("/".join(rest), "path"))
             except KaError:
                 raise BadRequest(404, "no such file") from None
-        case ["loader", name] | [name] if name in TFTP_FILES:
+        case ["loader", name] if name in TFTP_FILES:
             return LoaderRequest(name)
         case ["report", mac, word]:
             return ReportRequest(_mac(mac), _report(word), _detail(query))

@@ -1,6 +1,8 @@
 """What a machine is told, as a script for iPXE or for GRUB.
 
 Pure: an action in, a text out.  Which of the two a machine gets depends on the program that asks.
+iPXE fetches by HTTP.  The GRUB that Debian signs for network boot speaks TFTP only, and under
+Secure Boot takes no module that would add to it: its files come from dnsmasq.
 
 Invariants
   * every word in a script has passed words.py; comments and notices are checked here once more;
@@ -25,10 +27,13 @@ from kaboot.model import Inventory
 from kaboot.steps import Action, Kernel, Local, Menu, Program, Wait
 from kaboot.words import grub_quoted, printable, url_path
 
-__all__ = ["entry_grub", "entry_ipxe", "to_grub", "to_ipxe"]
+__all__ = ["UNKNOWN_GRUB", "entry_grub", "entry_ipxe", "to_grub", "to_ipxe"]
 
 RETRY_S = 10
 NOTICE_SIZE_MAX = 120
+
+UNKNOWN_GRUB = "unknown.cfg"
+"""What GRUB reads on a machine that has no configuration of its own."""
 
 _LINUX_LOADERS = (
     "/EFI/debian/shimx64.efi",
@@ -150,15 +155,23 @@ _IPXE: dict[type, Callable[..., list[str]]] = {
 
 
 def entry_grub(inventory: Inventory) -> str:
-    """Return the configuration every network GRUB reads first: it asks for its machine's own."""
-    device = _grub_device(inventory)
+    """Return the configuration every network GRUB reads first: it asks for its machine's own.
+
+    `configfile` runs the other one in a context of its own, in which menus work.
+    """
+    node = f"{_grub_device(inventory)}/grub/node"
     return _grub_text(
         "first configuration, the same for all machines",
         [
             "set timeout=0",
+            'echo "kaboot: this machine is $net_default_mac"',
             "while true; do",
-            f'  configfile "{device}/grub/node/$net_default_mac/$grub_platform/$grub_cpu"',
-            f"  echo 'kaboot does not answer, again in {RETRY_S} s'",
+            f'  if [ -s "{node}/$net_default_mac.cfg" ]; then',
+            f'    configfile "{node}/$net_default_mac.cfg"',
+            "  else",
+            f'    configfile "{node}/{UNKNOWN_GRUB}"',
+            "  fi",
+            f"  echo 'kaboot: this did not boot, again in {RETRY_S} s'",
             f"  sleep {RETRY_S}",
             "done",
         ],
@@ -175,7 +188,7 @@ def _grub_text(comment: str, lines: list[str]) -> str:
 
 
 def _grub_device(inventory: Inventory) -> str:
-    return f"(http,{inventory.site.address}:{inventory.site.http_port})"
+    return f"(tftp,{inventory.site.address})"
 
 
 def _grub_local(inventory: Inventory, action: Local) -> list[str]:

@@ -1,9 +1,12 @@
 """Staging: what firmware and dnsmasq read, put into the state directory.
 
-    STATE/tftp/           boot programs and grub/grub.cfg, world-readable
+    STATE/tftp/           boot programs; grub/grub.cfg and grub/node/MAC.cfg; files -> Site.files
     STATE/dnsmasq.conf    read when dnsmasq starts
     STATE/hosts           read again on SIGHUP
     STATE/leases          dnsmasq's own
+
+GRUB's configurations are files because GRUB fetches by TFTP: `GrubFiles` keeps them as they should
+be, while iPXE's scripts are made when they are asked for.
 
 Boot programs are copied: dnsmasq, without root, must be able to read them, and an upgrade of a
 package in mid-boot must not mix two versions.  A file is replaced whole, and only if it differs.
@@ -14,13 +17,14 @@ Not here: what is in the files (dhcp.py, scripts.py), starting dnsmasq (dnsmasq.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kaboot import dhcp, scripts
 from kaboot.model import Arch, Inventory
 
-__all__ = ["Staged", "needed_loaders", "stage", "stage_dhcp", "tftp_root"]
+__all__ = ["GrubFiles", "Staged", "needed_loaders", "stage", "stage_dhcp", "tftp_root"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ def stage(inventory: Inventory) -> Staged:
             if name in needed:
                 missing.append(str(source))
     _put(root / "grub/grub.cfg", scripts.entry_grub(inventory).encode())
+    _link(root / "files", inventory.site.files)
     staged = stage_dhcp(inventory)
     return Staged(staged.config, staged.config_changed, staged.hosts_changed, tuple(missing))
 
@@ -82,7 +87,39 @@ def needed_loaders(inventory: Inventory) -> dict[str, str]:
     }
 
 
-def _put(path: Path, content: bytes) -> bool:
+class GrubFiles:
+    """The configurations of single machines; one caller at a time."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._directory = tftp_root(inventory) / "grub/node"
+        self._directory.mkdir(mode=0o755, exist_ok=True)
+        self._known: dict[str, str] = {}
+        for path in self._directory.iterdir():  # of an earlier server
+            path.unlink()
+
+    def put(self, texts: Mapping[str, str]) -> None:
+        """Make files have these texts."""
+        for name, text in texts.items():
+            if self._known.get(name) != text:
+                _put(self._directory / name, text.encode(), durable=False)
+                self._known[name] = text
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Remove all other files."""
+        for name in set(self._known) - set(names):
+            (self._directory / name).unlink(missing_ok=True)
+            del self._known[name]
+
+
+def _link(path: Path, target: str) -> None:
+    """Make a symbolic link point there."""
+    draft = path.with_name(f".{path.name}.new")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(target)
+    os.replace(draft, path)
+
+
+def _put(path: Path, content: bytes, *, durable: bool = True) -> bool:
     """Make a file have this content; return whether it had another."""
     try:
         if path.read_bytes() == content:
@@ -95,6 +132,7 @@ def _put(path: Path, content: bytes) -> bool:
         os.fchmod(fd, 0o644)
         file.write(content)
         file.flush()
-        os.fsync(fd)
+        if durable:
+            os.fsync(fd)
     os.replace(draft, path)
     return True

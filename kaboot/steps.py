@@ -132,7 +132,7 @@ def parse_assignment(text: str) -> Assignment:
 def decide(
     inventory: Inventory, mac: str, node: Node | None, assignment: Assignment
 ) -> Local | Kernel | Program | Menu:
-    """Return what a machine is to boot under an assignment."""
+    """Return what a machine is to boot under an assignment; an empty MAC is any stranger's."""
     step = assignment.step
     if step is Step.LOCAL:
         return Local()
@@ -144,7 +144,7 @@ def decide(
         return _boot(inventory, mac, node, profile)
     if step is Step.DISCOVER:
         who = node.name if node is not None else "not in the inventory"
-        return Local(f"kaboot {inventory.site.address} - machine {mac} - {who}", NOTICE_PAUSE_S)
+        return Local(f"kaboot {inventory.site.address}: {mac} {who}", NOTICE_PAUSE_S)
     # `deployed` without a profile of its own, or a profile taken out of the file since it was
     # assigned: the disk is what can do no harm.
     return Local()
@@ -167,7 +167,8 @@ def _boot(inventory: Inventory, mac: str, node: Node | None, profile: Profile) -
     arguments = [*profile.arguments, *_nfsroot(inventory, node, profile)]
     arguments += node.arguments if node is not None else ()
     # Who the machine is and where it reports to: what an initramfs of ours needs, and no more.
-    arguments.append(f"BOOTIF=01-{mac.replace(':', '-')}")
+    if mac:
+        arguments.append(f"BOOTIF=01-{mac.replace(':', '-')}")
     if node is not None:
         arguments.append(f"ka.node={node.name}")
     arguments.append(f"ka.boot={inventory.site.url}")

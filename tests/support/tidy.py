@@ -50,6 +50,7 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
+    "h11": "kaboot/http.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": None,  # nobody yet

@@ -54,7 +54,7 @@ def test_set_is_what_show_and_render_say(kaboot: Kaboot) -> None:
     assert "/files/rescue/vmlinuz" in out
     assert out.startswith("#!ipxe\n# kaboot: pc1: rescue\n")
     _, out, _ = kaboot("render", "pc1", "--grub")
-    assert "linux '(http,10.78.0.1:8069)/files/rescue/vmlinuz'" in out
+    assert "linux '(tftp,10.78.0.1)/files/rescue/vmlinuz'" in out
 
 
 def test_show_is_a_table_for_people(kaboot: Kaboot, tmp_path: Path) -> None:

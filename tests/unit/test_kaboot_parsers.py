@@ -28,20 +28,14 @@ MAC = "52:54:00:12:34:56"
 @pytest.mark.parametrize(
     ("target", "wanted"),
     [
-        (b"/boot.ipxe", EntryRequest(grub=False)),
-        (b"/grub/grub.cfg", EntryRequest(grub=True)),
+        (b"/boot.ipxe", EntryRequest()),
         (b"/health", HealthRequest()),
         (b"http://10.0.0.1:8069/health", HealthRequest()),
         (b"/loader/shimx64.efi", LoaderRequest("shimx64.efi")),
-        (b"/grubx64.efi", LoaderRequest("grubx64.efi")),
         (b"/files/a/b%2Bc.gz", FileRequest("a/b+c.gz")),
         (
             b"/ipxe/52-54-00-12-34-56?platform=pcbios&arch=x86_64&serial=A%20B&product=",
-            ScriptRequest(Machine(MAC, "pcbios", "x86_64", "A B"), grub=False),
-        ),
-        (
-            b"/grub/node/52:54:00:12:34:56/efi/x86_64",
-            ScriptRequest(Machine(MAC, "efi", "x86_64"), grub=True),
+            ScriptRequest(Machine(MAC, "pcbios", "x86_64", "A B")),
         ),
         (
             b"/report/52-54-00-12-34-56/failed?detail=disk%20too%20small%0a%1b[2J",
@@ -83,7 +77,7 @@ def test_a_url_that_is_not_ours_is_refused(method: bytes, target: bytes, status:
 TARGETS = st.one_of(
     st.binary(max_size=200),
     st.tuples(
-        st.sampled_from([b"/ipxe/", b"/files/", b"/report/", b"/grub/node/", b"/loader/", b"/"]),
+        st.sampled_from([b"/ipxe/", b"/files/", b"/report/", b"/loader/", b"/"]),
         st.binary(max_size=80),
         st.sampled_from([b"", b"?", b"?detail=", b"/up?detail=", b"/efi/x86_64"]),
         st.binary(max_size=80),
@@ -170,14 +164,15 @@ def test_a_range_lies_inside_the_file_whatever_was_asked(header: bytes, size: in
         ),
         (
             "dnsmasq-tftp: sent /s/tftp/undionly.kpxe to 10.78.0.100",
-            LogEvent("tftp", address="10.78.0.100", detail="undionly.kpxe"),
+            LogEvent("tftp", address="10.78.0.100", detail="/s/tftp/undionly.kpxe"),
         ),
+        ("dnsmasq-tftp: file /s/tftp/grub/x.cfg not found for 10.78.0.100", None),
         (
-            "dnsmasq-tftp: file /s/tftp/grub/x.cfg not found for 10.78.0.100",
+            "dnsmasq-tftp: file /s/tftp/files/x not found for 10.78.0.100",
             LogEvent(
                 "tftp-failed",
                 address="10.78.0.100",
-                detail="file /s/tftp/grub/x.cfg not found for 10.78.0.100",
+                detail="file /s/tftp/files/x not found for 10.78.0.100",
             ),
         ),
         (
