@@ -6,13 +6,14 @@ for:
 
   iPXE asks            -> the entry script, by HTTP
   BIOS                 -> iPXE (undionly), by TFTP
-  UEFI                 -> Debian's signed shim, which loads its signed GRUB, by TFTP
-  UEFI of a node with loader = "ipxe" -> iPXE (snponly), by TFTP
+  UEFI                 -> Debian's signed shim, which loads its signed GRUB, or iPXE (snponly), by
+                          TFTP: as site and node have it (`loader`)
   UEFI, HTTP boot      -> iPXE (snponly), by HTTP
 
-DHCP cannot tell whether Secure Boot is on, so UEFI machines get what works with both.  HTTP boot
-is the exception: the GRUB that Debian signs cannot go on by HTTP.  With Secure Boot on, firmware
-refuses iPXE and goes on to its next entry, PXE.
+DHCP cannot tell whether Secure Boot is on, so UEFI machines get what works with both, unless a
+foreign server stands in the way (`Loader` says why).  HTTP boot is the other exception: the GRUB
+that Debian signs cannot go on by HTTP.  With Secure Boot on, firmware refuses iPXE and goes on to
+its next entry, PXE.
 
 Beside a foreign server (proxy) dnsmasq gives no addresses: it answers PXE clients with the boot
 program.  Firmware that ignores such split offers, and HTTP boot, need the site's server to say it:
@@ -32,6 +33,9 @@ __all__ = ["SITE_SERVERS", "TFTP_FILES", "dnsmasq_conf", "dnsmasq_hosts", "site_
 
 IPXE_OPTION = 175
 """The DHCP option by which iPXE makes itself known (iPXE's encapsulated options)."""
+
+_OTHER = "other-loader"
+"""The tag of nodes that get the loader which is not the site's."""
 
 TFTP_FILES = {
     "undionly.kpxe": "ipxe_bios",
@@ -128,35 +132,34 @@ def _matches() -> list[str]:
 def _boots(site: Site) -> list[str]:
     lines = [f"dhcp-boot=tag:ipxe,{site.url}/boot.ipxe"]
     for client in _CLIENTS:
-        first = f"tag:!ipxe,tag:{client.tag}"
+        for tag, program in _choices(site, client):
+            first = f"tag:!ipxe,tag:{client.tag}{tag}"
+            where = _where(site, client, program)
+            lines.append(
+                f"dhcp-boot={first},{where}" + ("" if client.http else f",,{site.address}")
+            )
         if client.http:
-            lines += [
-                f"dhcp-boot={first},{site.url}/loader/{client.program}",
-                # The firmware takes an offer for HTTP boot only if it says so itself.
-                f"dhcp-option-force=tag:{client.tag},option:vendor-class,HTTPClient",
-            ]
-        elif client.ipxe == client.program:
-            lines.append(f"dhcp-boot={first},{client.program},,{site.address}")
-        else:
-            lines += [
-                f"dhcp-boot={first},tag:!wants-ipxe,{client.program},,{site.address}",
-                f"dhcp-boot={first},tag:wants-ipxe,{client.ipxe},,{site.address}",
-            ]
+            # The firmware takes an offer for HTTP boot only if it says so itself.
+            lines.append(f"dhcp-option-force=tag:{client.tag},option:vendor-class,HTTPClient")
     return lines
+
+
+def _choices(site: Site, client: _Client) -> list[tuple[str, str]]:
+    """Tags and programs: what a kind of client gets, and what nodes that wish for the other do."""
+    if client.program == client.ipxe:
+        return [("", client.program)]
+    programs = [client.program, client.ipxe]
+    if site.uefi_loader is Loader.IPXE:
+        programs.reverse()
+    return [(f",tag:!{_OTHER}", programs[0]), (f",tag:{_OTHER}", programs[1])]
 
 
 def _proxy_boots(site: Site) -> list[str]:
     lines = [f"dhcp-boot=tag:ipxe,{site.url}/boot.ipxe,,{site.address}"]
     for client in _CLIENTS:
         for name in client.pxe_names:
-            if client.ipxe == client.program:
-                lines.append(f"pxe-service=tag:!ipxe,{name},kaboot,{client.program},{site.address}")
-                continue
-            lines += [
-                f"pxe-service=tag:!ipxe,tag:!wants-ipxe,{name},kaboot,"
-                f"{client.program},{site.address}",
-                f"pxe-service=tag:!ipxe,tag:wants-ipxe,{name},kaboot,{client.ipxe},{site.address}",
-            ]
+            for tag, program in _choices(site, client):
+                lines.append(f"pxe-service=tag:!ipxe{tag},{name},kaboot,{program},{site.address}")
     return lines
 
 
@@ -166,7 +169,8 @@ def dnsmasq_hosts(inventory: Inventory) -> str:
     for node in inventory.nodes.values():
         if not node.macs:
             continue
-        tags = ["set:known"] + (["set:wants-ipxe"] if node.loader is Loader.IPXE else [])
+        other = node.loader not in (Loader.AUTO, inventory.site.uefi_loader)
+        tags = ["set:known"] + ([f"set:{_OTHER}"] if other else [])
         address = [str(node.address)] if node.address is not None else []
         lines.append(",".join([*node.macs, *tags, *address, node.name]))
     return _text(lines)
@@ -201,7 +205,8 @@ def _isc(inventory: Inventory) -> str:
             lines.append(f"  }} elsif option kaboot-arch = {number} {{")
             if client.http:
                 lines.append('    option vendor-class-identifier "HTTPClient";')
-            lines.append(f'    filename "{_where(site, client)}";')
+            program = _choices(site, client)[0][1]
+            lines.append(f'    filename "{_where(site, client, program)}";')
     lines += ["  }", "}"]
     for node in _reserved(inventory):
         for index, mac in enumerate(node.macs):
@@ -230,7 +235,7 @@ def _kea(inventory: Inventory) -> str:
             "name": f"kaboot-{client.tag}",
             "test": f"not member('kaboot-ipxe') and ({numbers})",
             "next-server": str(site.address),
-            "boot-file-name": _where(site, client),
+            "boot-file-name": _where(site, client, _choices(site, client)[0][1]),
         }
         if client.http:
             option = {"name": "vendor-class-identifier", "data": "HTTPClient", "always-send": True}
@@ -256,8 +261,8 @@ def _site_dnsmasq(inventory: Inventory) -> str:
     return _text(lines)
 
 
-def _where(site: Site, client: _Client) -> str:
-    return f"{site.url}/loader/{client.program}" if client.http else client.program
+def _where(site: Site, client: _Client, program: str) -> str:
+    return f"{site.url}/loader/{program}" if client.http else program
 
 
 def _reserved(inventory: Inventory) -> list[Node]:

@@ -1,4 +1,4 @@
-"""dnsmasq's log lines: what they say of a machine's boot, as events.
+"""dnsmasq's log lines: what they say of a machine's boot, as events.  And who is at an address.
 
 Pure.  The lines are those of `log-dhcp` and TFTP.  Client texts in them (host names, vendor
 classes, paths) are the client's own: they are matched strictly where they stand, at the end, and
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from common.errors import KaError
 from kaboot.words import parse_mac, printable
 
-__all__ = ["LogEvent", "parse_line"]
+__all__ = ["LogEvent", "neighbour", "parse_line"]
 
 LINE_SIZE_MAX = 1024
 DETAIL_SIZE_MAX = 120
@@ -77,3 +77,15 @@ def parse_line(line: str) -> LogEvent | None:
             return None
         return LogEvent("tftp-failed", address=match[2], detail=printable(text, DETAIL_SIZE_MAX))
     return None
+
+
+def neighbour(table: str, address: str) -> str:
+    """Return the MAC at an address by the text of /proc/net/arp; empty if it does not say."""
+    for line in table.splitlines()[1:]:
+        words = line.split()
+        if len(words) >= 4 and words[0] == address and words[2] != "0x0":
+            try:
+                return parse_mac(words[3])
+            except KaError:
+                return ""
+    return ""

@@ -64,6 +64,7 @@ class SiteTable:
     lease_s: int = 3600
     http_port: int = 8069
     user: str = "nobody"
+    loader: str = "auto"
     unknown: str = "discover"
     boot_window: int = 0
     boot_hold_s: int = 120
@@ -103,6 +104,7 @@ class SiteTable:
             lease_s=self.lease_s,
             http_port=self.http_port,
             user=check_label(self.user.lstrip("_"), "a user") and self.user,
+            loader=_choice(model.Loader, self.loader, "loader"),
             unknown=unknown,
             boot_window=self.boot_window,
             boot_hold_s=self.boot_hold_s,
@@ -169,7 +171,7 @@ class NodeTable:
     address: str = ""
     arch: str = "x86_64"
     firmware: str = "any"
-    loader: str = "shim"
+    loader: str = "auto"
     rack: str = ""
     serial: str = ""
     arguments: tuple[str, ...] = ()
@@ -209,7 +211,7 @@ class GroupTable:
     first_address: str = ""
     arch: str = "x86_64"
     firmware: str = "any"
-    loader: str = "shim"
+    loader: str = "auto"
     rack: str = ""
     arguments: tuple[str, ...] = ()
     step: str = "local"

@@ -72,10 +72,16 @@ class Arch(enum.Enum):
 class Loader(enum.Enum):
     """The program a UEFI machine gets first.  A BIOS machine always gets iPXE."""
 
+    AUTO = "auto"
+    """Of a node: as the site has it.  Of a site: iPXE beside a foreign server, else shim."""
     SHIM = "shim"
-    """Debian's signed shim and GRUB: works with Secure Boot on and off, hence the default."""
+    """Debian's signed shim and GRUB: works with Secure Boot on and off.
+
+    GRUB asks the DHCP server's `next-server` for its configuration, not the proxy: beside a foreign
+    server that does not name kaboot there, it would end in a prompt.
+    """
     IPXE = "ipxe"
-    """Unsigned iPXE: Secure Boot must be off."""
+    """Unsigned iPXE: with Secure Boot on, firmware refuses it and goes on to its next entry."""
 
 
 class Mode(enum.Enum):
@@ -119,6 +125,7 @@ class Site:
     lease_s: int = 3600
     http_port: int = 8069
     user: str = "nobody"
+    loader: Loader = Loader.AUTO
     unknown: Step = Step.DISCOVER
     boot_window: int = 0
     boot_hold_s: int = 120
@@ -128,6 +135,13 @@ class Site:
     @property
     def url(self) -> str:
         return f"http://{self.address}:{self.http_port}"
+
+    @property
+    def uefi_loader(self) -> Loader:
+        """What UEFI machines get that have no wish of their own."""
+        if self.loader is not Loader.AUTO:
+            return self.loader
+        return Loader.IPXE if self.mode is Mode.PROXY else Loader.SHIM
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +169,7 @@ class Node:
     address: IPv4Address | None = None
     arch: Arch = Arch.X86_64
     firmware: Firmware = Firmware.ANY
-    loader: Loader = Loader.SHIM
+    loader: Loader = Loader.AUTO
     rack: str = ""
     serial: str = ""
     arguments: tuple[str, ...] = ()

@@ -32,7 +32,7 @@ import trio
 from common import log
 from kaboot import naming, scripts
 from kaboot.control import node_assignment
-from kaboot.dnsmasq_log import LogEvent, parse_line
+from kaboot.dnsmasq_log import LogEvent, neighbour, parse_line
 from kaboot.gate import DELAY_S, Gate
 from kaboot.http import FileBody, Incoming, Reply
 from kaboot.model import Assignment, Firmware, Inventory, Machine, Mode, Node
@@ -59,6 +59,8 @@ EARLY_MACHINES_MAX = 256
 EARLY_EVENTS_MAX = 16
 OFFERS_UNANSWERED = 4
 """After so many answers to a machine that then loads nothing, its firmware is said to ignore us."""
+
+_NEIGHBOURS = Path("/proc/net/arp")
 
 _log = log.get("kaboot.service")
 
@@ -160,7 +162,7 @@ class Service:
         self, path: Path, root: Path, stage: str, name: str, incoming: Incoming
     ) -> Reply:
         begin = trio.current_time()
-        mac = self._macs.get(incoming.peer, "")
+        mac = self._mac_at(incoming.peer)
         try:
             fd = await trio.to_thread.run_sync(_open_below, path, root)
         except OSError as error:
@@ -178,8 +180,8 @@ class Service:
     async def _report(self, request: ReportRequest, peer: str) -> Reply:
         mac, report = request.mac, request.report
         node = self._inventory.by_mac.get(mac)
-        other = self._macs.get(peer)
-        if other is None:
+        other: str | None = self._mac_at(peer)
+        if not other:
             other = await self.call(self._store.mac_at, peer)
         if other != mac and not _may_report(node, other, peer, self._inventory):
             _log.warning("report.refused", mac=mac, peer=peer, report=report.value)
@@ -208,7 +210,7 @@ class Service:
         event = parse_line(line)
         if event is None:
             return
-        mac = event.mac or self._macs.get(event.address, "")
+        mac = event.mac or self._mac_at(event.address)
         if event.stage == "lease":
             self._remember(event.address, mac)
         if not mac:
@@ -311,6 +313,14 @@ class Service:
         name = node.name if node is not None else ""
         _log.info("boot.stage", node=name or machine.mac, stage=stage, detail=detail)
         await self.call(self._store.saw, machine, name, stage, detail, time.time_ns())
+
+    def _mac_at(self, address: str) -> str:
+        """Return the machine at an address, empty if it is not known.
+
+        The kernel's neighbour table knows those in this segment that a foreign server gave
+        addresses to.
+        """
+        return self._macs.get(address) or neighbour(_NEIGHBOURS.read_text(), address)
 
     def _remember(self, address: str, mac: str) -> None:
         self._macs[address] = mac

@@ -127,7 +127,7 @@ class Lab:
                       "up"]):  # fmt: skip
             subprocess.run(self.inside(["ip", *words]), check=True, timeout=10)
         console = self.directory / f"{name}.console"
-        card = f"virtio-net-pci,netdev=n0,mac={mac}"
+        card = f"virtio-net-pci,netdev=n0,mac={mac},bootindex=0"
         if "uefi" in options:  # OVMF's own network stack, not the card's ROM
             card += ",romfile="
         command = [

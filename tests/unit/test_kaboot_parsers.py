@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kaboot.dnsmasq_log import LogEvent, parse_line
+from kaboot.dnsmasq_log import LogEvent, neighbour, parse_line
 from kaboot.gate import DELAY_S, PATIENCE_S, Gate
 from kaboot.model import Machine
 from kaboot.requests import (
@@ -218,6 +218,19 @@ def test_a_host_name_cannot_pose_as_another_machine() -> None:
     event = parse_line(line)
     assert event is not None
     assert (event.mac, event.address) == (MAC, "10.0.0.1")
+
+
+ARP = """IP address       HW type     Flags       HW address            Mask     Device
+10.78.0.50       0x1         0x2         52:54:00:12:34:56     *        br0
+10.78.0.51       0x1         0x0         00:00:00:00:00:00     *        br0
+"""
+
+
+def test_the_neighbour_table_tells_who_is_at_an_address() -> None:
+    assert neighbour(ARP, "10.78.0.50") == MAC
+    assert neighbour(ARP, "10.78.0.51") == ""
+    assert neighbour(ARP, "10.78.0.5") == ""
+    assert neighbour("", "10.78.0.50") == ""
 
 
 # ---------------------------------------------------------------- the gate
