@@ -128,7 +128,7 @@ def test_our_dnsmasq_is_configured_as_written_down_and_it_takes_it(
     text = dhcp.dnsmasq_conf(made, tftp_root="/s/tftp", hosts="/s/hosts", leases="/s/leases")
     golden(f"dnsmasq-{mode}.conf", text)
     hosts = dhcp.dnsmasq_hosts(made)
-    golden("dnsmasq.hosts", hosts)
+    golden(f"dnsmasq-{mode}.hosts", hosts)
     _dnsmasq_takes(tmp_path, text, hosts)
 
 
