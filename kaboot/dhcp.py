@@ -25,7 +25,7 @@ Invariant: all that comes from an inventory has passed words.py, and needs no es
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kaboot.model import Inventory, Loader, Mode, Node, Site
 
@@ -183,7 +183,11 @@ SITE_SERVERS = ("isc", "kea", "dnsmasq")
 
 
 def site_lines(inventory: Inventory, server: str) -> str:
-    """Return what to put into the configuration of a site's own DHCP server."""
+    """Return what to put into the configuration of a site's own DHCP server.
+
+    A server with these lines names kaboot itself, whatever was kaboot's part before.
+    """
+    inventory = replace(inventory, site=replace(inventory.site, mode=Mode.SITE))
     return {"isc": _isc, "kea": _kea, "dnsmasq": _site_dnsmasq}[server](inventory)
 
 
@@ -202,7 +206,7 @@ def _isc(inventory: Inventory) -> str:
     ]
     for client in _CLIENTS:
         for number in client.numbers:
-            lines.append(f"  }} elsif option kaboot-arch = {number} {{")
+            lines.append(f"  }} elsif option kaboot-arch = 00:{number:02x} {{")
             if client.http:
                 lines.append('    option vendor-class-identifier "HTTPClient";')
             program = _choices(site, client)[0][1]

@@ -38,6 +38,7 @@ HEADER_SIZE_MAX = 16 * 1024
 REQUEST_BODY_SIZE_MAX = 64 * 1024
 IDLE_TIMEOUT_S = 60.0
 STALL_TIMEOUT_S = 60.0
+LINGER_S = 1.0
 RECEIVE_SIZE = 16 * 1024
 SEND_SIZE = 512 * 1024
 READAHEAD_SIZE = 4 << 20
@@ -162,6 +163,12 @@ class _Connection:
         if self._http.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             reply = Reply(error.error_status_hint, "not understood\n")
             await self._send_reply(reply, head_only=False)
+            # What was sent and not read would make the kernel reset the connection, and the
+            # answer with it.
+            with trio.move_on_after(LINGER_S):
+                await self._stream.send_eof()
+                while await self._stream.receive_some(RECEIVE_SIZE):
+                    pass
 
     async def _answer(self, request: h11.Request) -> None:
         headers = dict(request.headers)

@@ -1,8 +1,8 @@
 """What test machines boot: Debian's cloud kernel, and an initramfs that reports and switches off.
 
-The kernel package is downloaded and unpacked, not installed: it would become this machine's own.
-It is kept in pytest's cache directory, since it is 30 MB and signed, which the Secure Boot test is
-about.
+Packages are downloaded and unpacked, not installed: the kernel would become this machine's own.
+They are kept in pytest's cache directory.  The kernel is Debian's signed one, which the Secure Boot
+test is about.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import subprocess
 from pathlib import Path
 
-__all__ = ["make_initrd", "unpack_kernel"]
+__all__ = ["make_initrd", "unpack", "unpack_kernel"]
 
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = (
@@ -59,22 +59,32 @@ ip addr add $ip/${mask:-24} dev $interface
 
 def unpack_kernel(cache: Path) -> Path:
     """Return the directory of an unpacked kernel package, downloaded if need be."""
-    done = sorted(cache.glob("linux-image-*/complete"))
-    if done:
-        return done[-1].parent
+    kept = sorted(cache.glob("linux-image-*/complete"))
+    if kept:
+        return kept[-1].parent
     depends = subprocess.run(
         ["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=True
     )
     match = re.search(r"Depends: (linux-image-\S+)", depends.stdout)
     assert match is not None, f"{META_PACKAGE} depends on no kernel: {depends.stdout}"
-    directory = cache / match[1]
-    directory.mkdir(parents=True, exist_ok=True)
-    command = ["apt-get", "-q", "-y", "-o", "APT::Sandbox::User=root", "download", match[1]]
-    subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=300)
-    (package,) = directory.glob("*.deb")
-    subprocess.run(["dpkg", "-x", package, directory], check=True, timeout=120)
-    package.unlink()
-    (directory / "complete").touch()
+    return unpack(cache, match[1])
+
+
+def unpack(cache: Path, *packages: str) -> Path:
+    """Return a directory with Debian packages unpacked, downloaded if need be.
+
+    What is unpacked starts no service, and is gone with the directory.
+    """
+    directory = cache / packages[0]
+    complete = directory / "complete"
+    if not complete.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ["apt-get", "-q", "-y", "-o", "APT::Sandbox::User=root", "download", *packages]
+        subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=300)
+        for package in directory.glob("*.deb"):
+            subprocess.run(["dpkg", "-x", package, directory], check=True, timeout=120)
+            package.unlink()
+        complete.touch()
     return directory
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from kaboot import Control, Event
 
-__all__ = ["ADDRESS", "FOREIGN", "Lab", "Vm", "lab", "lacking"]
+__all__ = ["ADDRESS", "FOREIGN", "FOREIGN_MAC", "Lab", "Vm", "lab", "lacking"]
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "10.78.0.1"
 FOREIGN = "10.78.0.2"
+FOREIGN_MAC = "52:54:00:00:00:f0"
 TOOLS = ("qemu-system-x86_64", "dnsmasq", "ip", "nsenter", "busybox", "setpriv", "apt-get")
 FILES = (
     "/usr/share/OVMF/OVMF_CODE_4M.ms.fd",
@@ -115,7 +116,8 @@ class Lab:
         return process
 
     def log(self) -> str:
-        return (self.directory / "serve.log").read_text(errors="replace")
+        path = self.directory / "serve.log"
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def control(self) -> Control:
         return Control.open(self.config)
@@ -140,6 +142,28 @@ class Lab:
         vm = Vm(self.start(command, f"{name}.qemu"), console)
         self.vms.append(vm)
         return vm
+
+    def ask_dhcp(self, arch: int, *options: str) -> dict[str, str]:
+        """Be a PXE client of a kind, on the foreign server; return what it was told.
+
+        Keys are udhcpc's, such as ip and siaddr; and program, wherever in the packet it stood.
+        """
+        told = self.directory / "told"
+        told.unlink(missing_ok=True)
+        script = self.directory / "told.sh"
+        script.write_text(f'#!/bin/sh\n[ "$1" != bound ] || env >{told}\n')
+        script.chmod(0o755)
+        kind = "HTTPClient" if arch in (16, 19) else "PXEClient"
+        command = ["busybox", "udhcpc", "-i", "eth0", "-f", "-n", "-q", "-t", "5", "-T", "1"]
+        command += ["-s", str(script), "-O", "bootfile", "-V", f"{kind}:Arch:{arch:05}:UNDI:003000"]
+        command += ["-x", f"0x5d:{arch:04x}", *options]
+        run = subprocess.run(
+            self.inside(command, foreign=True), check=False, capture_output=True, timeout=30
+        )
+        assert told.exists(), f"no answer: {run.stderr.decode()}\n{self.state()}"
+        facts = dict(line.split("=", 1) for line in told.read_text().splitlines() if "=" in line)
+        facts["program"] = facts.get("bootfile") or facts["boot_file"]
+        return facts
 
     def until(self, fact: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Wait for a fact; fail with all that is known when it does not come true."""
@@ -197,7 +221,12 @@ def lab(directory: Path) -> Iterator[Lab]:
             "link set toforeign master br0 up",
         ):
             _ip("-n", room.namespace, *words.split())
-        for words in ("link set lo up", f"addr add {FOREIGN}/24 dev eth0", "link set eth0 up"):
+        for words in (
+            "link set lo up",
+            f"link set eth0 address {FOREIGN_MAC}",
+            f"addr add {FOREIGN}/24 dev eth0",
+            "link set eth0 up",
+        ):
             _ip("-n", foreign, *words.split())
         yield room
     finally:
