@@ -125,10 +125,11 @@ class Lab:
     def boot(self, name: str, mac: str, *options: str, memory_mib: int = 512) -> Vm:
         """Switch a machine on."""
         tap = f"tap{len(self.vms)}"
+        console = self.directory / f"{name}.console"
+        console.unlink(missing_ok=True)
         for words in (["tuntap", "add", tap, "mode", "tap"], ["link", "set", tap, "master", "br0",
                       "up"]):  # fmt: skip
             subprocess.run(self.inside(["ip", *words]), check=True, timeout=10)
-        console = self.directory / f"{name}.console"
         card = f"virtio-net-pci,netdev=n0,mac={mac},bootindex=0"
         if "uefi" in options:  # OVMF's own network stack, not the card's ROM
             card += ",romfile="
@@ -173,7 +174,7 @@ class Lab:
                 raise AssertionError(f"{what}: not after {timeout_s:.0f} s\n{self.state()}")
             time.sleep(0.1)
 
-    def until_stage(self, who: str, stage: str, text: str = "", timeout_s: float = 90.0) -> Event:
+    def until_stage(self, who: str, stage: str, text: str = "", timeout_s: float = 300.0) -> Event:
         """Wait for an event of a node or MAC; return it."""
         found: list[Event] = []
 
