@@ -69,6 +69,9 @@ def _files(inventory: Inventory) -> Iterator[Finding]:
                 yield Finding(True, f"profile {profile.name}: {path} leads out of {root}")
             elif not path.stat().st_mode & 0o004:
                 yield Finding(True, f"profile {profile.name}: chmod a+r {path}, it is served")
+            for parent in path.parents:
+                if parent.is_dir() and not parent.stat().st_mode & 0o001:
+                    yield Finding(True, f"profile {profile.name}: chmod a+x {parent}")
 
 
 def _programs(inventory: Inventory) -> Iterator[Finding]:

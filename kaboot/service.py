@@ -78,6 +78,7 @@ class Service:
         self._grub_lock = trio.Lock()
         self._rendered: object = None
         self._early: OrderedDict[str, list[LogEvent]] = OrderedDict()
+        self._offers: dict[str, int] = {}  # since the machine last loaded something
 
     def use(self, inventory: Inventory) -> None:
         """Go on with an inventory that was read again."""
@@ -114,6 +115,7 @@ class Service:
     async def _script(self, request: ScriptRequest, peer: str) -> Reply:
         machine = replace(request.machine, address=peer)
         self._remember(peer, machine.mac)
+        self._offers.pop(machine.mac, None)
         inventory, node = await self._meet(machine, "ipxe")
         assignment = Assignment(inventory.site.unknown)
         if node is not None:
@@ -215,6 +217,8 @@ class Service:
             self._remember(event.address, mac)
         if not mac:
             return
+        if event.stage == "pxe":
+            self._offered(mac)
         node = self._inventory.by_mac.get(mac)
         if node is None and event.stage != "tftp":
             # Perhaps somebody's telephone.  What loads a boot program is a machine of ours.
@@ -223,6 +227,7 @@ class Service:
         await self._flush(mac, node)
         machine = Machine(mac, address=event.address)
         if event.stage == "tftp":
+            self._offers.pop(mac, None)
             await self._tftp(machine, node, event.detail)
         else:
             await self._saw(machine, node, event.stage, event.detail)
@@ -279,18 +284,24 @@ class Service:
             await trio.to_thread.run_sync(self._grub.put, texts)
             await trio.to_thread.run_sync(self._grub.keep, list(texts))
 
-    def _early_event(self, mac: str, event: LogEvent) -> None:
-        events = self._early.setdefault(mac, [])
-        self._early.move_to_end(mac)
-        events.append(event)
-        del events[:-EARLY_EVENTS_MAX]
-        offers = sum(1 for early in events if early.stage in ("pxe", "discover"))
-        if self._inventory.site.mode is Mode.PROXY and offers == OFFERS_UNANSWERED:
+    def _offered(self, mac: str) -> None:
+        """Count answers to a machine beside a foreign server; say when it seems deaf to them."""
+        offers = self._offers.pop(mac, 0) + 1
+        self._offers[mac] = offers  # moved to the end: the oldest is forgotten first
+        if offers % OFFERS_UNANSWERED == 0:
             _log.warning(
                 "offer.ignored",
                 mac=mac,
                 hint="its firmware may ignore proxy offers: kaboot render --site for your server",
             )
+        while len(self._offers) > EARLY_MACHINES_MAX:
+            del self._offers[next(iter(self._offers))]
+
+    def _early_event(self, mac: str, event: LogEvent) -> None:
+        events = self._early.setdefault(mac, [])
+        self._early.move_to_end(mac)
+        events.append(event)
+        del events[:-EARLY_EVENTS_MAX]
         while len(self._early) > EARLY_MACHINES_MAX:
             self._early.popitem(last=False)
 

@@ -6,7 +6,7 @@ A boot takes some 20 s without KVM, most of it the firmware's; two at a time kee
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -99,14 +99,22 @@ def boot_bios(lab: Lab, name: str, mac: str, *options: str) -> Vm:
     )  # fmt: skip
 
 
-def boot_uefi(lab: Lab, name: str, mac: str, *, secure: bool, disk: bool = False) -> Vm:
+def boot_uefi(
+    lab: Lab,
+    name: str,
+    mac: str,
+    *,
+    secure: bool,
+    disk: bool = False,
+    options: Sequence[str] = (),
+) -> Vm:
     """Switch on a machine with OVMF, with Microsoft's keys in it if secure."""
     keys = ".ms" if secure else ""
     variables = lab.directory / f"{name}.vars"
     shutil.copy(OVMF / f"OVMF_VARS_4M{keys}.fd", variables)
     code = OVMF / f"OVMF_CODE_4M{keys or '.secboot'}.fd"
     options = [
-        "uefi", "-machine", "q35,smm=on",
+        *options, "uefi", "-machine", "q35,smm=on",
         "-global", "driver=cfi.pflash01,property=secure,value=on",
         "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
         "-drive", f"if=pflash,format=raw,unit=1,file={variables}",
@@ -117,6 +125,9 @@ def boot_uefi(lab: Lab, name: str, mac: str, *, secure: bool, disk: bool = False
         shutil.copy(SHIM, system / "shimx64.efi")
         shutil.copy(SIGNED_GRUB, system / "grubx64.efi")
         (system / "grub.cfg").write_text(GRUB_CONFIG)
+        # Where firmware looks on a disk it has no entry for.
+        shutil.copytree(system, system.with_name("BOOT"))
+        (system.with_name("BOOT") / "shimx64.efi").rename(system.with_name("BOOT") / "BOOTX64.EFI")
         # QEMU makes a disk with a FAT file system of a directory.
         options += [
             "-drive", f"file=fat:rw:{system.parents[1]},format=raw,if=none,id=d0",
@@ -162,19 +173,37 @@ def test_boot_vm_bios_installs_then_boots_its_disk_and_an_unknown_one_only_its_d
     until_says(lab, again, ON_ITS_DISK)
 
 
-def test_boot_vm_secure_boot_by_shim_to_a_signed_kernel_and_to_the_disk(lab: Lab) -> None:
-    extra = f'[[node]]\nname = "disk"\nmacs = ["{STRANGER_MAC}"]\naddress = "10.78.0.13"\n'
-    serve(lab, node=extra)
+def test_boot_vm_secure_boot_by_shim_to_a_signed_kernel_and_an_unknown_one_by_menu_to_its_disk(
+    lab: Lab,
+) -> None:
+    serve(lab, site=f'{POOL}\nunknown = "menu"\nmenu_timeout_s = 2')
     installs = boot_uefi(lab, "uefi", UEFI_MAC, secure=True)
-    local = boot_uefi(lab, "disk", STRANGER_MAC, secure=True, disk=True)
-    until_says(lab, local, ON_ITS_DISK)
-    assert not {"kernel", "initrd"} & set(stages(lab, "disk"))
+    stranger = boot_uefi(lab, "stranger", STRANGER_MAC, secure=True, disk=True)
+    until_says(lab, stranger, ON_ITS_DISK)
+    assert "Boot from the disk" in stranger.text()
+    lab.until_stage(STRANGER_MAC, "script", "menu grub")
+    assert not {"kernel", "initrd"} & set(stages(lab, STRANGER_MAC))
+    with lab.control() as control:
+        assert [row.machine.mac for row in control.unknown()] == [STRANGER_MAC]
     event = lab.until_stage("uefi", "report", "up")
     assert event.detail.startswith("up kernel 6.")
     assert "ka-guest: secure boot" in installs.text()
     found = stages(lab, "uefi")
     order = ["lease", "loader", "script", "kernel", "initrd", "report"]
     assert sorted(order, key=found.index) == order
+
+
+def test_boot_vm_http_boot_gets_ipxe_which_leaves_the_disk_to_the_firmware(lab: Lab) -> None:
+    serve(lab, uefi="local")
+    only_http = [
+        word
+        for version in (4, 6)
+        for word in ("-fw_cfg", f"name=opt/org.tianocore/IPv{version}PXESupport,string=n")
+    ]
+    vm = boot_uefi(lab, "uefi", UEFI_MAC, secure=False, disk=True, options=only_http)
+    until_says(lab, vm, ON_ITS_DISK)
+    lab.until_stage("uefi", "loader", "snponly.efi")
+    lab.until_stage("uefi", "script", "local ipxe")
 
 
 def test_boot_vm_beside_a_foreign_dhcp_server_with_bios_and_uefi(lab: Lab) -> None:

@@ -232,6 +232,22 @@ async def test_a_telephone_that_asks_for_an_address_is_not_a_machine(site: Site)
         assert control.unknown() == []
 
 
+async def test_a_machine_deaf_to_proxy_offers_is_named_with_the_remedy(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    deaf, sound = "52:54:00:00:00:01", "52:54:00:00:00:02"
+    root = site.config.parent / "state/tftp"
+    for _ in range(4):
+        await site.service.log_line(f"dnsmasq-dhcp: 1 PXE(br0) {deaf} proxy")
+        await site.service.log_line(f"dnsmasq-dhcp: 1 PXE(br0) 10.78.0.5 {sound} proxy")
+        await site.get(f"/ipxe/{sound.replace(':', '-')}")
+    await site.service.log_line(f"dnsmasq-tftp: sent {root}/undionly.kpxe to 10.78.0.5")
+    warnings = [r.getMessage() for r in caplog.records if "offer.ignored" in r.getMessage()]
+    assert len(warnings) == 1
+    assert f"mac={deaf}" in warnings[0]
+    assert "kaboot render --site" in warnings[0]
+
+
 # ---------------------------------------------------------------- files
 
 

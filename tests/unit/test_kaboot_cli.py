@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +98,29 @@ def test_machines_already_seen_are_named_in_order_and_forgotten_again(
     assert kaboot("learn", "pc4", "--seen")[0] == 2
     assert kaboot("forget", "pc4") == (0, "forgot 52:54:00:00:00:98\n", "")
     assert kaboot("learn", "pc4", "--no-wait")[0] == 0
+
+
+def test_learn_tells_names_as_they_are_given_and_gives_out_no_more_when_interrupted(
+    kaboot: Kaboot, tmp_path: Path
+) -> None:
+    kaboot("show")
+    command = [sys.executable, "-c", "from kaboot.cli import main; main()", "learn", "pc[4-5]"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        assert run.stderr.readline() == "switch on pc4 now, then the others in turn\n"
+        saw(tmp_path, "52:54:00:00:00:98")
+        with Store.open(tmp_path / "state/kaboot.db") as store:
+            assert store.queue() == ["pc4", "pc5"]
+            assert store.learn("52:54:00:00:00:98", "pc4", 5, why="test")
+        assert run.stdout.readline() == "pc4  52:54:00:00:00:98\n"
+        run.send_signal(signal.SIGINT)
+        assert run.wait(10) == 130
+        assert run.stderr.read().strip() == "kaboot: interrupted"
+    with Store.open(tmp_path / "state/kaboot.db") as store:
+        assert store.queue() == []
 
 
 @pytest.mark.parametrize(
