@@ -74,6 +74,7 @@ PURE: frozenset[str] = frozenset(
         "common/framing.py",
         "common/messages.py",
         "common/session.py",
+        "nfsp/client/block_sums.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
         "nfsp/fsck/entries.py",
