@@ -85,6 +85,7 @@ PURE: frozenset[str] = frozenset(
         "common/framing.py",
         "common/messages.py",
         "common/session.py",
+        "common/xxh3.py",
         "karun/launch_plan.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
