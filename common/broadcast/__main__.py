@@ -3,8 +3,9 @@
     source --from PATH           node --rank N --to PATH
 
 It listens and prints its address, reads the job as one line of base64 from standard input, takes
-part, and prints what became of it as one line of JSON.  A source that reads `-` takes the rest of
-standard input.  The exit code is the summary's: 0 all, 2 some, 1 none.
+part, and prints what became of it as one line of JSON; with `--progress` also, before, how many of
+its chunks it has, one number a line, whenever that has changed.  A source that reads `-` takes the
+rest of standard input.  The exit code is the summary's: 0 all, 2 some, 1 none.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from common.broadcast.outcome import Summary
 from common.broadcast.sink import FileSink
 from common.broadcast.source import Source, spool_command, spool_stream
 from common.broadcast.store import Sink
-from common.broadcast.transfer import run_node, run_source
+from common.broadcast.stream_sink import CommandSink, DeviceSink
+from common.broadcast.transfer import Progress, run_node, run_source
 from common.errors import KaError
 from common.sockets import listen
 
@@ -44,9 +46,13 @@ def _arguments() -> argparse.Namespace:
     node = roles.add_parser("node")
     node.add_argument("--rank", type=int, required=True)
     node.add_argument("--restarted", action="store_true")
-    node.add_argument("--to", dest="path", required=True)
+    where = node.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", dest="path")
+    where.add_argument("--device")
+    where.add_argument("--command", nargs=argparse.REMAINDER)
     for role in (source, node):
         role.add_argument("--listen", default="127.0.0.1:0")
+        role.add_argument("--progress", action="store_true")
     return parser.parse_args()
 
 
@@ -59,6 +65,10 @@ def _source(arguments: argparse.Namespace) -> Source:
 
 
 def _sink(arguments: argparse.Namespace) -> Sink:
+    if arguments.device:
+        return DeviceSink(arguments.device)
+    if arguments.command:
+        return CommandSink(arguments.command)
     return FileSink(arguments.path)
 
 
@@ -88,6 +98,12 @@ def main() -> int:
     print(f"{host}:{port}", flush=True)
     job = _read_job()
     started_s = time.monotonic()
+    told = [-1]
+
+    def tell(progress: Progress) -> None:
+        if arguments.progress and progress.have_count != told[0]:
+            told[0] = progress.have_count
+            print(progress.have_count, flush=True)
 
     async def take_part() -> Summary:
         if arguments.role == "node":
@@ -97,6 +113,7 @@ def main() -> int:
                 _sink(arguments),
                 sockets=sockets,
                 restarted=arguments.restarted,
+                on_progress=tell,
             )
         source = _source(arguments)
         source.scan()
@@ -107,6 +124,7 @@ def main() -> int:
             name=os.path.basename(arguments.path or "stream"),
             chunk_size=arguments.chunk_size,
             algorithm=Algorithm[arguments.algorithm],
+            on_progress=tell,
         )
 
     try:

@@ -19,8 +19,9 @@ import ctypes
 import fcntl
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from common.broadcast import chunkset
 from common.broadcast.filecache import FileCache
 from common.broadcast.image import Content, Entry, EntryKind, Piece
 from common.broadcast.manifest import Manifest
@@ -71,13 +72,8 @@ class FileSink:
         return [chunk for chunk, _ in chunks]
 
     def verify(self) -> list[int]:
-        assert self._manifest is not None
         self._sync_stage()
-        bad = [
-            chunk
-            for chunk in range(self._manifest.chunk_count)
-            if not self._manifest.verify(chunk, self.read(chunk))
-        ]
+        bad = [chunk for chunk, right in self._right() if not right]
         if not bad:
             try:
                 self._put_in_place()
@@ -109,7 +105,9 @@ class FileSink:
         return (self._pinned[0], pieces[0].offset) if len(pieces) == 1 else None
 
     def read(self, chunk: int) -> bytes:
-        return self._read(chunk) or b""
+        assert self._manifest is not None
+        buffer = memoryview(bytearray(self._manifest.extent(chunk)[1]))
+        return bytes(self._read_into(chunk, buffer) or b"")
 
     # ------------------------------------------------------------ what is there already
 
@@ -135,20 +133,11 @@ class FileSink:
             else:
                 os.unlink(name, dir_fd=self._stage)
             os.close(fd)
-        have = self._present()
+        have = chunkset.from_indexes(chunk for chunk, right in self._right() if right)
         self._build(have)
         if len(self._entries) == 1 and self._entries[0].ranges:
             with self._files.lend(0) as fd:
                 self._pinned.append(os.dup(fd))
-        return have
-
-    def _present(self) -> int:
-        assert self._manifest is not None
-        have = 0
-        for chunk in range(self._manifest.chunk_count):
-            data = self._read(chunk)
-            if data is not None and self._manifest.verify(chunk, data):
-                have |= 1 << chunk
         return have
 
     def _build(self, have: int) -> None:
@@ -235,16 +224,24 @@ class FileSink:
         assert self._manifest is not None
         return list(self._content.pieces(*self._manifest.extent(chunk)))
 
-    def _read(self, chunk: int) -> bytes | None:
-        """Return a chunk from wherever it is; None when a part of it is nowhere."""
-        parts = []
+    def _read_into(self, chunk: int, buffer: memoryview) -> memoryview | None:
+        """Read a chunk from wherever it is; None when a part of it is nowhere."""
+        end = 0
         for piece in self._pieces(chunk):
             try:
                 with self._files.lend(piece.entry) as fd:
-                    parts.append(os.pread(fd, piece.length, piece.offset))
+                    end += os.preadv(fd, [buffer[end : end + piece.length]], piece.offset)
             except FileNotFoundError:
                 return None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return buffer[:end]
+
+    def _right(self) -> Iterator[tuple[int, bool]]:
+        """Yield each chunk, and whether it is there and its sum is right."""
+        assert self._manifest is not None
+        buffer = memoryview(bytearray(self._manifest.chunk_size))
+        for chunk in range(self._manifest.chunk_count):
+            data = self._read_into(chunk, buffer)
+            yield chunk, data is not None and self._manifest.verify(chunk, data)
 
     def _open(self, index: int) -> int:
         entry = self._entries[index]

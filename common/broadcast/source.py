@@ -69,10 +69,11 @@ class Source:
         """Sum every chunk; `scan` comes first."""
         self._chunk_size = chunk_size
         sums = bytearray()
+        buffer = memoryview(bytearray(min(chunk_size, self.size)))
         try:
             for offset in range(0, self.size, chunk_size):
-                data = self._read(offset, min(chunk_size, self.size - offset))
-                sums += algorithm.sum_of(data)
+                part = buffer[: min(chunk_size, self.size - offset)]
+                sums += algorithm.sum_of(self._read_into(offset, part))
         except OSError as error:
             raise _unreadable(error, self._path) from None
         table = encode_table(self._entries)
@@ -93,7 +94,8 @@ class Source:
 
     def read(self, chunk: int) -> bytes:
         offset = chunk * self._chunk_size
-        return self._read(offset, min(self._chunk_size, self.size - offset))
+        buffer = bytearray(min(self._chunk_size, self.size - offset))
+        return bytes(self._read_into(offset, memoryview(buffer)))
 
     def close(self) -> None:
         self._files.close()
@@ -101,15 +103,16 @@ class Source:
             os.close(self._single)
             self._single = -1
 
-    def _read(self, offset: int, length: int) -> bytes:
-        parts = []
-        for piece in self._content.pieces(offset, length):
+    def _read_into(self, offset: int, buffer: memoryview) -> memoryview:
+        """Fill the buffer from the content."""
+        at = 0
+        for piece in self._content.pieces(offset, len(buffer)):
             with self._files.lend(piece.entry) as fd:
-                part = os.pread(fd, piece.length, piece.offset)
-            if len(part) != piece.length:
+                count = os.preadv(fd, [buffer[at : at + piece.length]], piece.offset)
+            if count != piece.length:
                 raise KaError(Code.EIO, "the source was changed while it was being read")
-            parts.append(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            at += count
+        return buffer
 
     def _open(self, index: int) -> int:
         if self._single >= 0:

@@ -171,9 +171,10 @@ async def _serving(
 def _teller(relay: Relay, on_progress: OnProgress | None) -> Callable[[], None]:
     def tell() -> None:
         hop = relay.hop
-        if hop is not None and on_progress is not None:
+        depot = relay.depot
+        if hop is not None and depot is not None and on_progress is not None:
             own = hop.node.have.bit_count()
             total = own + hop.downs[-1].total()
-            on_progress(Progress(hop.node.chunk_count, own, total, relay.sent_size))
+            on_progress(Progress(hop.node.chunk_count, own, total, depot.sent_size))
 
     return tell
