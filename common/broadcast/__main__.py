@@ -21,6 +21,7 @@ from typing import Any
 
 import trio
 
+from common import log
 from common.broadcast import chunkset
 from common.broadcast.job import Job, decode_job
 from common.broadcast.manifest import Algorithm
@@ -53,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     for role in (source, node):
         role.add_argument("--listen", default="127.0.0.1:0")
         role.add_argument("--progress", action="store_true")
+        role.add_argument("--log", default="warning", help="what goes to standard error")
     return parser.parse_args()
 
 
@@ -93,6 +95,7 @@ def _report(summary: Summary, started_s: float) -> None:
 
 def main() -> int:
     arguments = _arguments()
+    log.configure(arguments.log)
     sockets = listen(arguments.listen)
     host, port = sockets[0].getsockname()[:2]
     print(f"{host}:{port}", flush=True)
