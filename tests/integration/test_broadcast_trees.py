@@ -1,4 +1,4 @@
-"""Laws of directories: a tree arrives as it is, again for nearly nothing, and stays in its place."""
+"""Laws of directories: a tree arrives as it is, again for next to nothing, and stays in place."""
 
 from __future__ import annotations
 
