@@ -190,7 +190,7 @@ async def test_connections_can_be_cut_while_nodes_write(tmp_path: Path) -> None:
 
 async def test_nodes_end_their_commands_when_the_head_is_gone_for_good(tmp_path: Path) -> None:
     results: list[Outcome] = []
-    limits = Limits(tree=ALWAYS, window=2, ping_s=0.25, reattach_s=1.0)
+    limits = Limits(tree=ALWAYS, window=2, ping_s=1.0, reattach_s=2.0)
     with trio.CancelScope() as scope:
         async with scene(tmp_path, results, limits) as the:
             pids = [the.agent(rank) for rank in range(NODE_COUNT)]
