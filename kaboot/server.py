@@ -151,16 +151,24 @@ class _Watcher:
     async def run(self) -> None:
         while True:
             await trio.sleep(WATCH_S)
-            mark = await trio.to_thread.run_sync(inventory_file.mark, self._path)
-            learned = await self._service.call(self._store.learned)
-            if (mark, learned) == (self._mark, self._learned) or not mark:
-                # A step may have been set, or somebody's time in the gate be over.
-                await self._service.render_grub()
-                continue
-            if mark != self._mark:
-                await self._reload()
-            self._mark, self._learned = mark, learned
-            await self._apply(self._file.with_learned(learned))
+            try:
+                await self._look()
+            except (KaError, OSError) as error:
+                # A full disk, say.  What is served goes on as it is.
+                _log.error("watch.failed", reason=error)
+
+    async def _look(self) -> None:
+        mark = await trio.to_thread.run_sync(inventory_file.mark, self._path)
+        learned = await self._service.call(self._store.learned)
+        if (mark, learned) == (self._mark, self._learned) or not mark:
+            # A step may have been set, or somebody's time in the gate be over.
+            await self._service.render_grub()
+            return
+        if mark != self._mark:
+            self._mark = mark
+            await self._reload()
+        await self._apply(self._file.with_learned(learned))
+        self._learned = learned
 
     async def _reload(self) -> None:
         try:

@@ -139,6 +139,22 @@ def test_kea_with_our_lines_gives_each_kind_its_program(
     check_clients(lab)
 
 
+def test_in_mode_site_only_files_are_served_and_no_address_is_given(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY.replace("[site]", '[site]\nmode = "site"'))
+    with pytest.raises(AssertionError, match="no answer"):
+        lab.ask_dhcp(0)
+    for name in (
+        "shimx64.efi",
+        "grub/grub.cfg",
+        "grub/node/52:54:00:00:00:01.cfg",
+        "files/vmlinuz",
+    ):
+        copy = lab.directory / "copy"
+        command = ["busybox", "tftp", "-g", "-r", name, "-l", copy, boot_lab.ADDRESS]
+        subprocess.run(lab.inside(command, foreign=True), check=True, timeout=20)
+        assert copy.read_bytes() == (lab.directory / "state/tftp" / name).read_bytes()
+
+
 def status(pid: int, field: str) -> str:
     match = re.search(rf"^{field}:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert match is not None
