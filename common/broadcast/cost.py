@@ -113,14 +113,13 @@ def _fill_s(tree: Tree, topology: Topology, chunk_size: int, network: Network) -
     if network.uplink_rate:
         rate = min(network.rate, network.uplink_rate)
         slow_s = network.hop_overhead_s + chunk_size / rate
-    rack_of = _racks(topology)
     return max(
         quick * quick_s + slow * slow_s + edges * network.latency_s
-        for quick, slow, edges in _paths(tree, rack_of)
+        for quick, slow, edges in _paths(tree, topology.rack_of)
     )
 
 
-def _paths(tree: Tree, rack_of: list[int]) -> set[tuple[int, int, int]]:
+def _paths(tree: Tree, rack_of: tuple[int, ...]) -> set[tuple[int, int, int]]:
     """Return (turns within racks, turns over an uplink, edges) of the paths to all leaves.
 
     A node is never the last one where it has children, so leaves will do; and most are alike.
@@ -164,7 +163,7 @@ def _loads(
 
 def _crossings(topology: Topology) -> int:
     """Return how many edges of all trees leave, or enter, the rack that has most of them."""
-    rack_of = _racks(topology)
+    rack_of = topology.rack_of
     count = len(topology.shape.racks)
     out, into = [0] * count, [0] * count
     for tree in topology.trees:
@@ -173,8 +172,3 @@ def _crossings(topology: Topology) -> int:
                 out[rack_of[parent]] += 1
                 into[rack_of[rank]] += 1
     return max(out + into)
-
-
-def _racks(topology: Topology) -> list[int]:
-    """Return the rack of each rank."""
-    return [0] + [rack for rack, size in enumerate(topology.shape.racks) for _ in range(size)]

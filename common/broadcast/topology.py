@@ -32,6 +32,8 @@ __all__ = ["SOURCE", "Kind", "Shape", "Topology", "Tree", "build", "rack_order"]
 SOURCE = 0
 FANOUT_MAX = 64
 """Of k-ary trees and stripes; a node that feeds more should be planned flat."""
+CONTROL_FANOUT = 16
+"""Of the control tree: 10,000 nodes in four levels, and few reports at once for each to merge."""
 REPAIR_FANOUT = 8
 """Of the tree behind a multicast: few levels, and a repairer hears few complaints at once."""
 
@@ -122,10 +124,14 @@ class Tree:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """The trees of a shape; control and reports use the first."""
+    """The trees of a shape."""
 
     shape: Shape
     trees: tuple[Tree, ...]
+    control: Tree
+    """Reports go up and the end comes down here: it is shallow where the data go down a chain."""
+    rack_of: tuple[int, ...]
+    """By rank."""
 
     @property
     def kind(self) -> Kind:
@@ -168,7 +174,9 @@ def build(shape: Shape) -> Topology:
             forest = [_by_rack(lambda size: _postal(size, gap, ready), shape.racks)]
         case Kind.MULTICAST:
             forest = [_by_rack(lambda size: _k_ary(size, REPAIR_FANOUT), shape.racks)]
-    return Topology(shape, tuple(_tree(children) for children in forest))
+    control = _by_rack(lambda size: _k_ary(size, CONTROL_FANOUT), shape.racks)
+    rack_of = (0, *(rack for rack, size in enumerate(shape.racks) for _ in range(size)))
+    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of)
 
 
 def _tree(children: Children) -> Tree:

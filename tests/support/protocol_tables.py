@@ -1,24 +1,30 @@
-"""The tables of docs/protocol.md that come from the code.
+"""The tables of docs/protocol.md and docs/broadcast.md that come from the code.
 
-`python -m tests.support.protocol_tables` writes them into the document anew.
+`python -m tests.support.protocol_tables` writes them into the documents anew.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import inspect
+import itertools
 import re
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from common import session
+from common.broadcast import wire as hops
+from common.broadcast.node import HopOptions
 from common.errors import Code
 from common.framing import Kind
 from common.messages import Catalogue
 from nfsp import wire
 
-__all__ = ["DOCUMENT", "TABLES", "between", "write"]
+__all__ = ["BROADCAST", "PROTOCOL", "TABLES", "between", "write"]
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "protocol.md"
+PROTOCOL = Path(__file__).parents[2] / "docs" / "protocol.md"
+BROADCAST = PROTOCOL.with_name("broadcast.md")
 
 
 def _messages(catalogue: Catalogue) -> str:
@@ -64,12 +70,33 @@ def _codes() -> str:
     return "\n".join(rows) + "\n"
 
 
+def _options() -> str:
+    """Return a table of the fields, each with the text that follows it in the source."""
+    (body,) = (
+        node.body
+        for node in ast.parse(inspect.getsource(HopOptions)).body
+        if isinstance(node, ast.ClassDef)
+    )
+    texts = {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for one in dataclasses.fields(HopOptions):
+        rows.append(f"| `{one.name}` | {one.default} | {texts[one.name]} |")
+    return "\n".join(rows) + "\n"
+
+
 TABLES = {
-    "kinds": _kinds(),
-    "codes": _codes(),
-    "handshake messages": _messages(session.MESSAGES),
-    "mds messages": _messages(wire.MDS),
-    "iod messages": _messages(wire.IOD),
+    "kinds": (PROTOCOL, _kinds()),
+    "codes": (PROTOCOL, _codes()),
+    "handshake messages": (PROTOCOL, _messages(session.MESSAGES)),
+    "mds messages": (PROTOCOL, _messages(wire.MDS)),
+    "iod messages": (PROTOCOL, _messages(wire.IOD)),
+    "hop messages": (BROADCAST, _messages(hops.HOP)),
+    "hop options": (BROADCAST, _options()),
 }
 
 
@@ -79,12 +106,11 @@ def between(name: str) -> re.Pattern[str]:
 
 
 def write() -> None:
-    """Put every table into the document."""
-    text = DOCUMENT.read_text()
-    for name, table in TABLES.items():
-        block = f"<!-- {name} -->\n{table}<!-- end -->"
-        text = between(name).sub(lambda _match, block=block: block, text)  # type: ignore[misc]
-    DOCUMENT.write_text(text)
+    """Put every table into its document."""
+    for name, (document, table) in TABLES.items():
+        before, _, rest = document.read_text().partition(f"<!-- {name} -->\n")
+        _, _, after = rest.partition("<!-- end -->")
+        document.write_text(f"{before}<!-- {name} -->\n{table}<!-- end -->{after}")
 
 
 if __name__ == "__main__":

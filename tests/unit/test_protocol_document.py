@@ -1,4 +1,4 @@
-"""docs/protocol.md says what the code does."""
+"""docs/protocol.md and the tables of docs/broadcast.md say what the code does."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import re
 import pytest
 
 from common.framing import Kind, encode_frame
-from tests.support.protocol_tables import DOCUMENT, TABLES, between
+from tests.support.protocol_tables import PROTOCOL, TABLES, between
 
-TEXT = DOCUMENT.read_text()
+TEXT = PROTOCOL.read_text()
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_tables_are_those_of_the_code(name: str) -> None:
-    found = between(name).findall(TEXT)
-    assert found == [TABLES[name]], "run: python -m tests.support.protocol_tables"
+    document, table = TABLES[name]
+    found = between(name).findall(document.read_text())
+    assert found == [table], "run: python -m tests.support.protocol_tables"
 
 
 def test_limits_are_those_of_the_code() -> None:

@@ -43,7 +43,7 @@ def crossings(topology: Topology, tree: Tree) -> list[int]:
 @given(SHAPES)
 def test_every_rank_is_reached_once_and_never_from_itself(shape: Shape) -> None:
     topology = build(shape)
-    for tree in topology.trees:
+    for tree in (*topology.trees, topology.control):
         fed = sorted(child for children in tree.children for child in children)
         assert fed == list(range(1, topology.rank_count))
         for rank in fed:
@@ -115,6 +115,10 @@ def test_binomial_needs_as_many_rounds_as_the_count_has_bits(receivers: int) -> 
             informed[child] = informed[rank] + turn + 1
     # A relay's turns begin when it is informed, so rounds are the sum of turns.
     assert max(informed.values()) == receivers.bit_length()
+
+
+def test_the_control_tree_is_shallow_whatever_the_data_do() -> None:
+    assert build(Shape(Kind.CHAIN, (10_000,))).control.depth == 4
 
 
 def test_k_ary_trees_have_logarithmic_depth() -> None:

@@ -1,0 +1,507 @@
+"""A simulator for broadcasts: hops by the thousand, in virtual time, from one event heap.  Pure.
+
+It plays the shell and the machines: links with a rate and a latency, connections that are ordered
+and break, sinks with a speed, processes that die, pause and come back.  A chunk is one event, not
+its bytes.  Everything random comes from the rng: one seed, one run.
+
+Checked: *safety*, no node says "verified" while its sink holds a wrong or missing chunk; then,
+faults being over, *liveness*: the source ends the transfer, and every healthy node is among the
+verified, unless it was given a deadline.  A breach raises `Breach`.
+
+Links: a sender's connections take turns, a chunk each, at its rate; chunks come in one after the
+other at the receiver's rate.  A slow receiver does not block its sender's other connections.
+What leaves a rack takes its turn on the uplink of that rack and of the other.
+Messages take the latency, and stay behind what was sent before them.  A cut delays what is under
+way until it is healed, as TCP would, if the connection lives that long.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.broadcast import chunkset
+from common.broadcast.hop import Hop
+from common.broadcast.manifest import Algorithm, Manifest
+from common.broadcast.node import (
+    Action,
+    Disconnect,
+    Finished,
+    Send,
+    SendChunk,
+    VerifySink,
+    WriteChunk,
+)
+from common.broadcast.outcome import Summary, Verdict
+from common.broadcast.scenario import Fault, FaultKind, Rng, Scenario
+from common.broadcast.topology import SOURCE, build
+from common.messages import Message
+
+__all__ = ["Breach", "Outcome", "Simulation"]
+
+ABSENT, RIGHT, WRONG = 0, 1, 2
+SLOW_SHARE = 0.05
+LIMIT_S = 400.0
+"""Virtual time after which a run that has not ended has lost its liveness."""
+
+
+class Breach(AssertionError):
+    """Safety or liveness was broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a run came to."""
+
+    summary: Summary
+    seconds: float
+    """Until the last healthy node had verified."""
+    chunks_sent: int
+    duplicate_count: int
+    damaged_count: int
+    crossing_count: int
+    """Chunks that went from one rack to another."""
+    event_count: int
+    longest_stall_s: float
+    """The longest that a healthy node had to wait for its next chunk, the first one apart."""
+    finished_s: dict[int, float]
+    """By rank: when it had verified."""
+
+
+class _Machine:
+    """One node: its process, its link, its disk."""
+
+    def __init__(self, hop: Hop, chunk_count: int, rate: float, disk_rate: float) -> None:
+        self.hop = hop
+        self.alive = True
+        self.paused = False
+        self.life = 0
+        """Counts restarts: what belongs to an earlier one is void."""
+        self.waiting: list[Callable[[], None]] = []
+        """What happened while it was paused."""
+        self.rate = rate
+        self.disk_rate = disk_rate
+        self.outgoing: dict[int, deque[int]] = {}
+        """Chunks to send, by receiver: connections take turns on the link."""
+        self.sending = False
+        self.under_way: dict[int, float] = {}
+        """By receiver: when the last chunk that has left comes."""
+        self.came_s = self.written_s = 0.0
+        """When its link is free to receive, and its disk to write."""
+        self.sink = bytearray(chunk_count)
+        self.sink_full = self.sink_hangs = False
+        self.blocked: list[Callable[[], None]] = []
+        """What waits for a sink that hangs."""
+        self.gained_s = -1.0
+        """When it was last sent a chunk that it lacked."""
+        self.stall_s = 0.0
+        self.verified_s = -1.0
+
+
+class _Link:
+    """The connection of two machines."""
+
+    def __init__(self) -> None:
+        self.generation = 0
+        self.cut = False
+        self.held: list[Callable[[], None]] = []
+        self.arrival_s: dict[int, float] = {}
+        """By receiver: when the last thing sent to it comes."""
+
+
+class Simulation:
+    """One run of one scenario."""
+
+    def __init__(
+        self, scenario: Scenario, rng: Rng, *, have: Mapping[int, int] | None = None
+    ) -> None:
+        """*have*: by rank, the chunks that its sink holds beforehand."""
+        have = have or {}
+        self.scenario = scenario
+        self.now = 0.0
+        self.event_count = 0
+        self.chunks_sent = 0
+        self.crossing_count = 0
+        self.trace: Callable[[float, int, Action], None] | None = None
+        self._rng = rng
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._topology = build(scenario.shape)
+        size = scenario.chunk_count * scenario.chunk_size
+        sums = bytes(8 * scenario.chunk_count)
+        self._manifest = Manifest(
+            bytes(16), "simulated", size, scenario.chunk_size, Algorithm.XXH3, sums
+        )
+        self._links: dict[tuple[int, int], _Link] = {}
+        self._uplinks_s: dict[tuple[int, bool], float] = {}
+        """By rack, and whether outwards: when the uplink is free."""
+        self._neighbours: list[set[int]] = [set() for _ in range(self._topology.rank_count)]
+        self._summary: Summary | None = None
+        self._machines = [
+            _Machine(
+                Hop(
+                    rank,
+                    self._topology,
+                    self._manifest,
+                    scenario.options,
+                    have=have.get(rank, 0),
+                ),
+                scenario.chunk_count,
+                scenario.link_rate,
+                scenario.disk_rate,
+            )
+            for rank in range(self._topology.rank_count)
+        ]
+        for rank, chunks in have.items():
+            for chunk in chunkset.indexes(chunks):
+                self._machines[rank].sink[chunk] = RIGHT
+
+    def run(self) -> Outcome:
+        """Run to the end; raises Breach."""
+        for fault in self.scenario.faults:
+            self._at(fault.at_s, self._begin, fault)
+        self._machines[SOURCE].sink[:] = bytes([RIGHT]) * self.scenario.chunk_count
+        for rank in range(len(self._machines)):
+            self._at(0.0, self._start, rank, 0)
+        while self._heap and not self._is_over():
+            self.now, _, call, arguments = heapq.heappop(self._heap)
+            if self.now > LIMIT_S:
+                break
+            call(*arguments)
+        return self._judge()
+
+    # ------------------------------------------------------------ events
+
+    def _at(self, time_s: float, call: Callable[..., None], *arguments: Any) -> None:
+        self.event_count += 1
+        heapq.heappush(self._heap, (time_s, self.event_count, call, arguments))
+
+    def _start(self, rank: int, life: int) -> None:
+        self._on(rank, life, lambda hop: hop.start(self.now))
+        self._tick(rank, life)
+
+    def _tick(self, rank: int, life: int) -> None:
+        machine = self._machines[rank]
+        if machine.life != life or not machine.alive or machine.hop.finished:
+            return
+        if not machine.paused:
+            for peer in {*machine.outgoing, *machine.under_way}:
+                self._note_bytes(rank, peer)
+            self._do(rank, machine.hop.tick(self.now))
+        self._at(max(machine.hop.wake_s, self.now + 0.01), self._tick, rank, life)
+
+    def _note_bytes(self, rank: int, peer: int) -> None:
+        """Tell both ends of chunks that are on their way or have their turn soon."""
+        link = self._link(rank, peer)
+        sender, receiver = self._machines[rank], self._machines[peer]
+        if sender.under_way.get(peer, 0.0) < self.now:
+            sender.under_way.pop(peer, None)
+            if peer not in sender.outgoing:
+                return
+        if link.cut or not receiver.alive:
+            return
+        self._on(rank, sender.life, lambda hop: hop.bytes_left(peer, self.now))
+        self._on(peer, receiver.life, lambda hop: hop.bytes_arrived(rank, self.now))
+
+    def _on(self, rank: int, life: int, event: Callable[[Hop], list[Action]]) -> None:
+        """Let a process see an event, now or when it runs again."""
+        machine = self._machines[rank]
+        if machine.life != life or not machine.alive:
+            return
+        if machine.paused:
+            machine.waiting.append(lambda: self._on(rank, life, event))
+            return
+        before = machine.hop.verdict
+        self._do(rank, event(machine.hop))
+        if before is not machine.hop.verdict is Verdict.VERIFIED:
+            machine.verified_s = self.now
+            if any(state != RIGHT for state in machine.sink):
+                raise Breach(f"rank {rank} says verified, and has wrong bytes, at {self.now:.3f} s")
+
+    # ------------------------------------------------------------ actions
+
+    def _do(self, rank: int, actions: list[Action]) -> None:
+        for action in actions:
+            if self.trace is not None:
+                self.trace(self.now, rank, action)
+            match action:
+                case SendChunk():
+                    self._send_chunk(rank, action.peer, action.chunk)
+                case Send():
+                    self._send(rank, action.peer, action.message)
+                case WriteChunk():
+                    self._write(rank, action.chunk)
+                case Disconnect():
+                    self._disconnect(rank, action.peer)
+                case VerifySink():
+                    self._verify(rank)
+                case Finished():
+                    if rank == SOURCE:
+                        self._summary = action.summary
+
+    def _send(self, rank: int, peer: int, message: Message) -> None:
+        link = self._link(rank, peer)
+        arrival_s = max(self.now + self.scenario.latency_s, link.arrival_s.get(peer, 0.0))
+        link.arrival_s[peer] = arrival_s
+        self._at(arrival_s, self._arrive, rank, peer, link.generation, message, -1, ABSENT)
+
+    def _send_chunk(self, rank: int, peer: int, chunk: int) -> None:
+        self.chunks_sent += 1
+        sender = self._machines[rank]
+        sender.outgoing.setdefault(peer, deque()).append(chunk)
+        if not sender.sending:
+            self._send_next(rank, sender.life)
+
+    def _send_next(self, rank: int, life: int) -> None:
+        """Put the next chunk on the link; the connection that had a turn goes to the end."""
+        sender = self._machines[rank]
+        if sender.life != life or not sender.alive:
+            return
+        sender.sending = bool(sender.outgoing)
+        if not sender.sending:
+            return
+        peer = next(iter(sender.outgoing))
+        chunks = sender.outgoing.pop(peer)
+        chunk = chunks.popleft()
+        if chunks:
+            sender.outgoing[peer] = chunks
+        receiver = self._machines[peer]
+        took_s = self.scenario.chunk_size / sender.rate
+        came_s = max(self.now, receiver.came_s) + self.scenario.chunk_size / receiver.rate
+        receiver.came_s = came_s
+        link = self._link(rank, peer)
+        crossed_s = self._cross(rank, peer)
+        arrival_s = max(self.now + took_s, came_s, crossed_s) + self.scenario.latency_s
+        arrival_s = max(arrival_s, link.arrival_s.get(peer, 0.0))
+        link.arrival_s[peer] = sender.under_way[peer] = arrival_s
+        state = sender.sink[chunk] or RIGHT  # from memory, if it is not written yet
+        if self._rng.random() < self.scenario.damaged_share:
+            state = WRONG
+        self._at(arrival_s, self._arrive, rank, peer, link.generation, None, chunk, state)
+        self._at(self.now + took_s, self._send_next, rank, life)
+
+    def _cross(self, rank: int, peer: int) -> float:
+        """Take a chunk's turn on the uplinks between two racks; return when it is over."""
+        racks = self._topology.rack_of[rank], self._topology.rack_of[peer]
+        if racks[0] == racks[1]:
+            return self.now
+        self.crossing_count += 1
+        if not self.scenario.uplink_rate:
+            return self.now
+        ends = (racks[0], True), (racks[1], False)
+        free_s = max(self.now, *(self._uplinks_s.get(end, 0.0) for end in ends))
+        free_s += self.scenario.chunk_size / self.scenario.uplink_rate
+        self._uplinks_s.update(dict.fromkeys(ends, free_s))
+        return free_s
+
+    def _arrive(
+        self, rank: int, peer: int, generation: int, message: Message, chunk: int, state: int
+    ) -> None:
+        """Something from *rank* reaches *peer*'s machine."""
+        link = self._link(rank, peer)
+        if link.generation != generation:
+            return
+        if link.cut:
+            link.held.append(lambda: self._arrive(rank, peer, generation, message, chunk, state))
+            return
+        receiver = self._machines[peer]
+        if not receiver.alive:
+            if receiver.waiting is not _POWERED_OFF:
+                link.generation += 1
+                self._tell_lost(rank, peer, "connection refused", 2 * self.scenario.latency_s)
+            return
+        if chunk < 0:
+            self._on(peer, receiver.life, lambda hop: hop.message_received(rank, message, self.now))
+            return
+        if state == RIGHT and not receiver.hop.node.have >> chunk & 1:
+            if not receiver.paused and receiver.gained_s >= 0:
+                receiver.stall_s = max(receiver.stall_s, self.now - receiver.gained_s)
+            receiver.gained_s = self.now
+        intact = state == RIGHT
+        self._on(peer, receiver.life, lambda hop: hop.chunk_received(rank, chunk, intact, self.now))
+
+    def _tell_lost(self, rank: int, peer: int, reason: str, after_s: float) -> None:
+        life = self._machines[rank].life
+
+        def tell() -> None:
+            self._on(rank, life, lambda hop: hop.neighbour_lost(peer, reason, self.now))
+
+        self._at(self.now + after_s, tell)
+
+    def _disconnect(self, rank: int, peer: int) -> None:
+        link = self._link(rank, peer)
+        link.generation += 1
+        link.held.clear()
+        for one, other in ((rank, peer), (peer, rank)):
+            self._machines[one].outgoing.pop(other, None)
+            self._machines[one].under_way.pop(other, None)
+        if self._machines[peer].alive and not link.cut:
+            self._tell_lost(peer, rank, "connection reset", self.scenario.latency_s)
+
+    def _link(self, rank: int, peer: int) -> _Link:
+        key = (rank, peer) if rank < peer else (peer, rank)
+        link = self._links.get(key)
+        if link is None:
+            link = self._links[key] = _Link()
+            self._neighbours[rank].add(peer)
+            self._neighbours[peer].add(rank)
+        return link
+
+    # ------------------------------------------------------------ sinks
+
+    def _write(self, rank: int, chunk: int) -> None:
+        machine = self._machines[rank]
+        if machine.sink_hangs:
+            machine.blocked.append(lambda: self._write(rank, chunk))
+            return
+        begin_s = max(self.now, machine.written_s)
+        machine.written_s = begin_s + self.scenario.chunk_size / machine.disk_rate
+        spoilt = self._rng.random() < self.scenario.spoilt_share
+        state = WRONG if spoilt else RIGHT
+        self._at(machine.written_s, self._wrote, rank, machine.life, chunk, state)
+
+    def _wrote(self, rank: int, life: int, chunk: int, state: int) -> None:
+        machine = self._machines[rank]
+        if machine.life != life or not machine.alive:
+            return
+        if machine.sink_full:
+            self._on(rank, life, lambda hop: hop.sink_failed("no space left", self.now))
+            return
+        machine.sink[chunk] = state
+        self._on(rank, life, lambda hop: hop.sink_wrote(chunk, self.now))
+
+    def _verify(self, rank: int) -> None:
+        machine = self._machines[rank]
+        life = machine.life
+        seconds = len(machine.sink) * self.scenario.chunk_size / machine.disk_rate
+
+        def verified() -> None:
+            bad = [chunk for chunk, state in enumerate(machine.sink) if state != RIGHT]
+            self._on(rank, life, lambda hop: hop.sink_verified(bad, self.now))
+
+        self._at(self.now + seconds / 4, verified)
+
+    # ------------------------------------------------------------ faults
+
+    def _begin(self, fault: Fault) -> None:
+        machine = self._machines[fault.rank]
+        match fault.kind:
+            case FaultKind.KILL | FaultKind.POWER_OFF:
+                self._crash(fault)
+            case FaultKind.PAUSE:
+                machine.paused = True
+            case FaultKind.CUT:
+                if fault.other != fault.rank:
+                    self._link(fault.rank, fault.other).cut = True
+            case FaultKind.SLOW:
+                machine.rate = self.scenario.link_rate * SLOW_SHARE
+            case FaultKind.SINK_FULL:
+                machine.sink_full = True
+            case FaultKind.SINK_HANGS:
+                machine.sink_hangs = True
+        if fault.until_s:
+            self._at(fault.until_s, self._heal, fault)
+
+    def _heal(self, fault: Fault) -> None:
+        machine = self._machines[fault.rank]
+        match fault.kind:
+            case FaultKind.KILL | FaultKind.POWER_OFF:
+                self._restart(fault.rank)
+            case FaultKind.PAUSE:
+                machine.paused = False
+                waiting, machine.waiting = machine.waiting, []
+                for call in waiting:
+                    call()
+            case FaultKind.CUT if fault.other != fault.rank:
+                link = self._link(fault.rank, fault.other)
+                link.cut = False
+                held, link.held = link.held, []
+                for call in held:
+                    call()
+            case FaultKind.SINK_HANGS:
+                machine.sink_hangs = False
+                blocked, machine.blocked = machine.blocked, []
+                for call in blocked:
+                    call()
+            case _:
+                pass
+
+    def _crash(self, fault: Fault) -> None:
+        machine = self._machines[fault.rank]
+        if not machine.alive:
+            return
+        machine.alive = False
+        machine.waiting = _POWERED_OFF if fault.kind is FaultKind.POWER_OFF else []
+        machine.blocked = []
+        machine.outgoing.clear()
+        machine.under_way.clear()
+        machine.sending = False
+        for peer in self._neighbours[fault.rank]:
+            link = self._link(fault.rank, peer)
+            link.generation += 1
+            link.held.clear()
+            if fault.kind is FaultKind.KILL and not link.cut:
+                self._tell_lost(peer, fault.rank, "connection reset", self.scenario.latency_s)
+
+    def _restart(self, rank: int) -> None:
+        """Start a new process, which finds what the old one has written."""
+        machine = self._machines[rank]
+        if machine.alive:
+            return
+        machine.life += 1
+        machine.alive, machine.paused, machine.waiting = True, False, []
+        have = chunkset.from_indexes(
+            chunk for chunk, state in enumerate(machine.sink) if state == RIGHT
+        )
+        machine.gained_s = -1.0
+        machine.verified_s = -1.0
+        machine.hop = Hop(
+            rank,
+            self._topology,
+            self._manifest,
+            self.scenario.options,
+            have=have,
+            attempt=1000 * machine.life,
+        )
+        self._start(rank, machine.life)
+
+    # ------------------------------------------------------------ the verdict
+
+    def _is_over(self) -> bool:
+        if self._summary is None or self.now < self.scenario.calm_s:
+            return False
+        return all(one.hop.finished or not one.alive for one in self._machines)
+
+    def _judge(self) -> Outcome:
+        summary = self._summary
+        if summary is None:
+            raise Breach(f"the source has not ended the transfer by {self.now:.1f} s")
+        faulted = {fault.rank for fault in self.scenario.faults}
+        receivers = list(enumerate(self._machines))[1:]
+        for rank, machine in receivers:
+            said = summary.verified >> rank & 1
+            if said and any(state != RIGHT for state in machine.sink):
+                raise Breach(f"rank {rank} is among the verified, and has wrong bytes")
+            may_miss = machine.sink_full or self.scenario.options.deadline_s
+            if machine.alive and not may_miss and not said:
+                raise Breach(f"rank {rank} is healthy, and {summary.others[rank]}")
+        healthy = [machine for rank, machine in receivers if rank not in faulted]
+        return Outcome(
+            summary=summary,
+            seconds=max((machine.verified_s for machine in healthy), default=0.0),
+            chunks_sent=self.chunks_sent,
+            duplicate_count=sum(machine.hop.duplicate_count for machine in self._machines),
+            damaged_count=sum(machine.hop.damaged_count for machine in self._machines),
+            crossing_count=self.crossing_count,
+            event_count=self.event_count,
+            longest_stall_s=max((machine.stall_s for machine in healthy), default=0.0),
+            finished_s={
+                rank: machine.verified_s for rank, machine in receivers if machine.verified_s >= 0
+            },
+        )
+
+
+_POWERED_OFF: list[Callable[[], None]] = []
+"""Marks a machine that is gone without a word (by identity)."""
