@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -153,6 +154,32 @@ def test_in_mode_site_only_files_are_served_and_no_address_is_given(lab: boot_la
         command = ["busybox", "tftp", "-g", "-r", name, "-l", copy, boot_lab.ADDRESS]
         subprocess.run(lab.inside(command, foreign=True), check=True, timeout=20)
         assert copy.read_bytes() == (lab.directory / "state/tftp" / name).read_bytes()
+
+
+def problems(lab: boot_lab.Lab) -> list[str]:
+    """What `kaboot check` in the room finds of DHCP servers."""
+    command = [sys.executable, "-c", "from kaboot.cli import main; main()"]
+    result = subprocess.run(
+        lab.inside([*command, "-c", lab.config, "check"]),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=boot_lab.ROOT,
+    )
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stdout.splitlines() if "DHCP" in line or "addresses" in line]
+
+
+def test_check_finds_a_second_dhcp_server_or_misses_the_first(lab: boot_lab.Lab) -> None:
+    proxy = INVENTORY.replace("[site]", '[site]\nmode = "proxy"')
+    lab.config.write_text(proxy)
+    assert problems(lab) == ["problem: no DHCP server answers here, and in mode proxy one must"]
+    lab.serve(INVENTORY)
+    assert problems(lab) == [], "our own is not another"
+    lab.foreign_dhcp()
+    wrong = "problem: another DHCP server answers here, 10.78.0.2: end it, or mode = proxy or site"
+    lab.until(lambda: problems(lab) == [wrong], "the foreign server", 30)
 
 
 def status(pid: int, field: str) -> str:
