@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
                         help="of every link, each way; default: %(default)s")  # fmt: skip
     parser.add_argument("--runs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--racks", action="store_true",
-                        help="also: two racks, the uplink between them four times slower")  # fmt: skip
+                        help="also: two racks, a four times slower uplink between")  # fmt: skip
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR",
                         help="room for a copy per node; default: %(default)s")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
