@@ -1,8 +1,8 @@
 """dnsmasq under supervision: started, listened to, started again.
 
 Owns the process.  When it ends by itself it is started again, after a pause that doubles up to
-`PAUSE_S_MAX`; its last words are logged.  It dies with this process, whatever kills it: two of them
-on one network would be a mess.
+`PAUSE_S_MAX`; if it never ran at all, its last line is an error for the administrator.  It dies
+with this process, whatever kills it: two of them on one network would be a mess.
 
 Its lines go through a bounded queue: dnsmasq stands still when nobody reads them, and so would DHCP
 if the store were slow.  When the queue is full, lines are lost, and counted.
@@ -60,6 +60,7 @@ class Dnsmasq:
         self._on_line = on_line
         self._lines, self._waiting = trio.open_memory_channel[str](LINES_MAX)
         self._lost = 0
+        self._last = "it said nothing"
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted_restart = False
         self.started = trio.Event()
@@ -80,6 +81,8 @@ class Dnsmasq:
         while True:
             begin = trio.current_time()
             await self._once()
+            if not self.started.is_set():
+                raise KaError(Code.USAGE, f"dnsmasq does not start: {self._last}")
             if self._wanted_restart:
                 self._wanted_restart = False
                 continue
@@ -127,7 +130,7 @@ class Dnsmasq:
             *lines, rest = (rest + data).split(b"\n")
             rest = rest[:LINE_SIZE_MAX]
             for line in lines:
-                text = line[:LINE_SIZE_MAX].decode("utf-8", "replace")
+                text = self._last = line[:LINE_SIZE_MAX].decode("utf-8", "replace").strip()
                 _log.debug("dnsmasq.says", line=text)
                 if "started, version" in text:
                     self.started.set()

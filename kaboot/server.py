@@ -32,7 +32,7 @@ from kaboot.http import serve_http
 from kaboot.model import Inventory
 from kaboot.privileges import become
 from kaboot.service import Service
-from kaboot.stage import Staged, stage, stage_dhcp
+from kaboot.stage import Staged, owned, stage, stage_dhcp
 from kaboot.store import Store
 
 __all__ = ["serve"]
@@ -53,7 +53,7 @@ def serve(path: Path, *, ready_fd: int | None = None) -> None:
         for missing in staged.missing:
             _log.error("loader.missing", path=missing)
         listener = _listen(inventory)
-        become(site.user, Path(site.state))
+        become(site.user, owned(inventory))
         with listener, Store.open(store_path(inventory)) as store:
             work = partial(_run, path, inventory, staged, store, listener, ready_fd)
             try:

@@ -243,6 +243,20 @@ def test_a_second_server_is_refused(lab: boot_lab.Lab) -> None:
         lab.serve(INVENTORY)
 
 
+def test_a_dnsmasq_that_cannot_start_is_one_line_and_the_end(lab: boot_lab.Lab) -> None:
+    with pytest.raises(AssertionError) as caught:
+        lab.serve(INVENTORY.replace('"br0"', '"br7"'))
+    last = str(caught.value).splitlines()[-1]
+    assert last == "kaboot: dnsmasq does not start: dnsmasq: unknown interface br7"
+    assert "Traceback" not in lab.log()
+
+
+def test_what_the_state_directory_links_to_keeps_its_owner(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY)
+    assert (lab.directory / "files/vmlinuz").stat().st_uid == os.getuid()
+    assert (lab.directory / "state/tftp/undionly.kpxe").stat().st_uid != os.getuid()
+
+
 def test_a_machine_that_appears_while_learning_gets_the_next_name_and_its_address(
     lab: boot_lab.Lab,
 ) -> None:
