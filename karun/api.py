@@ -244,17 +244,23 @@ class _Recorder:
 @asynccontextmanager
 async def _running(engine: Engine) -> AsyncIterator[Engine]:
     """Launch, and drive the engine until left; then end everything."""
+    failure: KaError | None = None
     engine.launch()
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_drive, engine)
-            yield engine
+            try:
+                yield engine
+            except KaError as error:
+                failure = error  # the nursery would wrap it
             nursery.cancel_scope.cancel()
     finally:
         engine.quit()
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):
             await _drive(engine, until_quiet=True)
         engine.close()
+    if failure is not None:
+        raise failure
 
 
 async def _drive(engine: Engine, *, until_quiet: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 A zip of `karun/agent` with the compiled modules of this Python beside the sources: a node with the
 same version compiles nothing, another one compiles what it needs.  Reproducible: names sorted,
-times fixed, compiled modules without times.  Kept in the user's cache, under the digest of what it
-was made from, because compiling takes longer than reading.
+times fixed, compiled modules without times.  Kept in the user's cache, as it travels and under the
+digest of what it was made from: compiling and packing take longer than reading.
 
 The compiled modules are stored as they are: unpacking them would make every node load zlib.
 
@@ -80,12 +80,13 @@ def _build(kind: str, paths: dict[str, Path]) -> Archive:
     for name, source in sources.items():
         key.update(b"%s %d\n" % (name.encode(), len(source)) + source)
     kept = _kept(kind, key.hexdigest())
-    data = _read(kept) if kept else b""
-    if not data:
+    found = _read(kept) if kept else None
+    if found is None:
         data = _zip(paths, sources)
+        found = Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
         if kept:
-            _keep(kept, data)
-    return Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
+            _keep(kept, found)
+    return found
 
 
 def loader_text() -> str:
@@ -145,21 +146,24 @@ def _compiled(name: str, path: Path, directory: Path) -> bytes:
 
 def _kept(kind: str, key: str) -> Path | None:
     directory = cache_directory()
-    return directory / f"{kind}-{key}.zip" if directory else None
+    return directory / f"{kind}-{key}.archive" if directory else None
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> Archive | None:
+    """Return what is kept, if it is whole: two digests, of the zip file and of the rest."""
     try:
-        data = path.read_bytes()
-        return data if zipfile.is_zipfile(path) else b""
-    except OSError:
-        return b""
+        digest, own_digest, data = path.read_bytes().split(b"\n", 2)
+    except (OSError, ValueError):
+        return None
+    is_whole = hashlib.sha256(data).hexdigest().encode() == own_digest
+    return Archive(data, digest.decode()) if is_whole else None
 
 
-def _keep(path: Path, data: bytes) -> None:
+def _keep(path: Path, archive: Archive) -> None:
+    own_digest = hashlib.sha256(archive.data).hexdigest()
     beside = path.with_suffix(f".{os.getpid()}")
     try:
-        beside.write_bytes(data)
+        beside.write_bytes(f"{archive.digest}\n{own_digest}\n".encode() + archive.data)
         beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)

@@ -219,7 +219,8 @@ class Broadcast:
             share = others_count / progress.chunk_count if progress.chunk_count else node_count
             name = item.name or "standard input"
             total = min(node_count * size, round(share * size))
-            self._on_progress(Step(name, size, node_count, progress.verified_count, total))
+            done = progress.verified_count
+            self._on_progress(Step(name, size, node_count, done, total, progress.sent_size))
 
     def _judged(self, summary: Summary, ranks: Sequence[int]) -> set[int]:
         for place, entry in summary.others.items():

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 HEAVY = 1
 SIZE_MAX = 64 << 20
+_SYSTEM_PLACES = (
+    "/usr/lib/python3/dist-packages",
+    f"/usr/lib64/python3.{sys.version_info[1]}/site-packages",
+)
 
 
 def relay(words: list[str]) -> int:
@@ -49,7 +53,19 @@ def attach(digest: str) -> Iterator[tuple[int, bytes]]:
     import karun
 
     karun.__path__.append(archive + "/karun")
+    _find_xxhash()
     return incoming
+
+
+def _find_xxhash() -> None:
+    """Let chunks be summed by the system's own xxhash, which is not on our path: it is quicker."""
+    for place in _SYSTEM_PLACES:
+        if os.path.isdir(f"{place}/xxhash"):
+            sys.path.append(place)
+            import common.checksum  # noqa: F401
+
+            sys.path.remove(place)
+            return
 
 
 def _take(payload: bytes, digest: str, name: bytes) -> bytes:
