@@ -79,6 +79,7 @@ def connector(
     return connectors.make(
         via,
         python=os.path.realpath(sys.executable),
+        with_libraries=sys.executable,
         user=user,
         ssh_config=ssh_config,
         connect_s=connect_s,
@@ -254,6 +255,8 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
             except KaError as error:
                 failure = error  # the nursery would wrap it
             nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise alone(group) from None
     finally:
         engine.quit()
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):
@@ -294,6 +297,13 @@ async def _room(command: Command) -> None:
         changed = trio.Event()
         feed.changed = changed.set
         await changed.wait()
+
+
+def alone(error: BaseException) -> BaseException:
+    """Return what a group of one holds: that a nursery was about it is nobody's business."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _raise_descriptor_limit() -> None:

@@ -1,11 +1,12 @@
 """The archive that a node runs, built from this very installation.
 
-A zip of `karun/agent` with the compiled modules of this Python beside the sources: a node with the
-same version compiles nothing, another one compiles what it needs.  Reproducible: names sorted,
-times fixed, compiled modules without times.  Kept in the user's cache, as it travels and under the
-digest of what it was made from: compiling and packing take longer than reading.
+A zip of `karun/agent` with the compiled modules of this Python beside the sources (without comments
+and docstrings): a node with the same version compiles nothing, another one compiles what it needs.
+Reproducible: names sorted, times fixed, compiled modules without times.  Kept in the user's cache,
+as it travels and under the digest of what it was made from: compiling and packing take longer.
 
-The compiled modules are stored as they are: unpacking them would make every node load zlib.
+Nothing in the zip is compressed: unpacking would make every node load zlib at each start.  What
+goes over the wire, once for each node, is.
 
 What copying takes beyond that is the *heavy* archive: trio, the broadcast engine and what they
 need, as far as it is pure Python.  It is sent when a node first needs it (karun/agent/heavy.py).
@@ -91,9 +92,7 @@ def _build(kind: str, paths: dict[str, Path]) -> Archive:
 
 def loader_text() -> str:
     """Return the loader without docstring and comments."""
-    tree = ast.parse((_ROOT / _LOADER).read_text(encoding="utf-8"))
-    tree.body = tree.body[1:]
-    return ast.unparse(tree)
+    return _bare((_ROOT / _LOADER).read_bytes())
 
 
 def cache_directory() -> Path | None:
@@ -119,16 +118,27 @@ def _zip(paths: dict[str, Path], sources: dict[str, bytes]) -> bytes:
         path = Path(directory) / "agent.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for name, source in sources.items():
-                compiled = _compiled(name, paths[name], Path(directory))
-                _add(archive, name + "c", compiled, zipfile.ZIP_STORED)
-                _add(archive, name, source, zipfile.ZIP_DEFLATED)
+                _add(archive, name + "c", _compiled(name, paths[name], Path(directory)))
+                _add(archive, name, _bare(source).encode())
         return path.read_bytes()
 
 
-def _add(archive: zipfile.ZipFile, name: str, data: bytes, how: int) -> None:
-    info = zipfile.ZipInfo(name, _TIME)
-    info.compress_type = how
-    archive.writestr(info, data, compresslevel=9)
+def _add(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
+    archive.writestr(zipfile.ZipInfo(name, _TIME), data)
+
+
+def _bare(source: bytes) -> str:
+    """Return a module without comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            kept = [one for one in node.body if not _is_text(one)]
+            node.body = kept or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _compiled(name: str, path: Path, directory: Path) -> bytes:

@@ -38,13 +38,17 @@ def make(
     via: str,
     *,
     python: str,
+    with_libraries: str = "",
     user: str | None = None,
     ssh_config: str | None = None,
     ssh_options: Sequence[str] = (),
     connect_s: float = 10.0,
     key_exchange: Sequence[str] = (),
 ) -> Connector:
-    """Return the connector for `--via`; raises KaError USAGE.  *python*: this interpreter."""
+    """Return the connector for `--via`; raises KaError USAGE.
+
+    *python*: this interpreter; *with_libraries*: the same with what is installed for it.
+    """
     if via == "local":
         return local(python)
     if via == "netns":
@@ -54,7 +58,7 @@ def make(
     if via == "ssh":
         return ssh(user, ssh_config, [*key_exchange, *ssh_options], connect_s)
     if via == "paramiko":
-        return paramiko(python, user, ssh_config, connect_s)
+        return paramiko(with_libraries or python, user, ssh_config, connect_s)
     raise KaError(Code.USAGE, f"no connector {via!r}; there are {', '.join(VIAS)}")
 
 

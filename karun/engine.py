@@ -209,6 +209,12 @@ class Engine:
         _number, payload = self.roster.order(kind, *fields)
         self._hub.broadcast(frames.ORDER, payload)
 
+    def _known(self, field: bytes) -> int:
+        rank = frames.number(field)
+        if not 0 <= rank < self.roster.size:
+            raise frames.FrameError(f"no node has rank {rank}")
+        return rank
+
     def _from_below(self, kind: int, rank: int, payload: bytes) -> None:
         if not 0 <= rank < self.roster.size:
             raise frames.FrameError(f"no node has rank {rank}")
@@ -239,10 +245,10 @@ class Engine:
 
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.LOST:
-            child = frames.number(fields[0])
+            child = self._known(fields[0])
             self._lost(child, rank, frames.text(fields[1]))
         elif kind == frames.FAILED:
-            child = frames.number(fields[0])
+            child = self._known(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
             self._call_failed(child, reason, words, frames.number(fields[3]))
         else:

@@ -7,6 +7,7 @@ terminal once is enough.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -15,16 +16,18 @@ from dataclasses import dataclass
 import trio
 
 from karun import api, nodes
-from karun.engine import Command, Limits
+from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
 from karun.options import TERMINAL, Options, printing
 from karun.output import Printer
+from karun.progress import Progress, StatusLine
 
 __all__ = ["Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
+DRAW_S = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,10 @@ def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
     with printing(options, nodes.Names(names)) as printer:
-        return trio.run(_run, where.run(names), options, printer)
+        try:
+            return trio.run(_run, where.run(names), options, printer)
+        except BaseExceptionGroup as group:
+            raise api.alone(group) from None
 
 
 class _Prints:
@@ -96,20 +102,21 @@ class _Prints:
 async def _run(run: api.Run, options: Options, printer: Printer) -> int:
     argv, line = options.words()
     ended = False
-    running: list[Command] = []
+    progress = Progress(nodes.Names(run.nodes), printer.results)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_interruptions, run.nodes, running, nursery.cancel_scope)
+        nursery.start_soon(_interruptions, progress, nursery.cancel_scope)
+        if os.isatty(STDERR):
+            nursery.start_soon(_draw, progress)
         async with run:
             await run.command(
                 argv,
                 sink=_Prints(printer, nursery.cancel_scope.cancel),
-                stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(),
+                stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(progress),
                 line=line,
                 pty=options.pty,
                 cwd=options.cwd,
                 env=dict(setting.partition("=")[::2] for setting in options.env),
                 limit_s=options.limit_s,
-                started=running.append,
             )
             ended = True
         nursery.cancel_scope.cancel()
@@ -117,15 +124,35 @@ async def _run(run: api.Run, options: Options, printer: Printer) -> int:
     return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
 
 
-async def _stdin() -> AsyncIterator[bytes]:
+async def _stdin(progress: Progress) -> AsyncIterator[bytes]:
     """Yield standard input; in a thread, because a file is never "not ready"."""
     while data := await trio.to_thread.run_sync(os.read, 0, CHUNK_SIZE, abandon_on_cancel=True):
         yield data
+        progress.sent_size += len(data)
 
 
-async def _interruptions(
-    names: list[str], running: list[Command], scope: trio.CancelScope
-) -> None:
+async def _draw(progress: Progress) -> None:
+    """Keep a status line at the foot of the terminal, until cancelled."""
+    started = trio.current_time()
+    columns = shutil.get_terminal_size().columns
+    line = StatusLine(_to_terminal, started=started, columns=columns)
+    TERMINAL.before = line.clear
+    try:
+        while True:
+            await trio.sleep(DRAW_S)
+            now = trio.current_time()
+            line.update(now, progress.line(now - started))
+    finally:
+        line.clear()
+        TERMINAL.before = None
+
+
+def _to_terminal(data: bytes) -> None:
+    os.write(STDERR, data)
+
+
+async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
+    started = trio.current_time()
     last = -AGAIN_S
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for number in signals:
@@ -134,6 +161,6 @@ async def _interruptions(
                 scope.cancel()
                 return
             last = now
-            waiting = sorted(set().union(*(command.pending for command in running)))
-            line = f"karun: waiting for {nodes.Names(names).fold(waiting)}; ^C again stops\n"
-            TERMINAL.write(STDERR, line.encode())
+            for line in progress.status(now - started):
+                TERMINAL.write(STDERR, line.encode() + b"\n")
+            TERMINAL.write(STDERR, b"karun: ^C again stops everything\n")

@@ -27,13 +27,12 @@ OPEN_COUNT_MAX = 256
 
 
 class Terminal:
-    """Standard output and error.  `before` and `after` each write make way for a status line."""
+    """Standard output and error.  `before` each write a status line can be taken away."""
 
     def __init__(self, out_fd: int = 1, err_fd: int = 2) -> None:
         self._fds = {STDOUT: out_fd, STDERR: err_fd}
         self._gone: set[int] = set()
-        self.before: Callable[[], None] = _nothing
-        self.after: Callable[[], None] = _nothing
+        self.before: Callable[[], None] | None = None
 
     @property
     def has_reader(self) -> bool:
@@ -46,7 +45,8 @@ class Terminal:
         """Write all of it; raises KaError if the stream is full (a disk) or broken."""
         if stream in self._gone:
             return
-        self.before()
+        if self.before is not None:
+            self.before()
         try:
             _write_all(self._fds[stream], data)
         except BrokenPipeError:
@@ -57,7 +57,6 @@ class Terminal:
             raise KaError(
                 from_errno(error.errno or 0), f"cannot write to standard {name}: {error.strerror}"
             ) from None
-        self.after()
 
 
 class NodeFiles:
@@ -127,7 +126,3 @@ def _write_all(fd: int, data: bytes) -> None:
             poll = select.poll()
             poll.register(fd, select.POLLOUT)
             poll.poll()
-
-
-def _nothing() -> None:
-    pass

@@ -4,7 +4,10 @@ The plan decides whom to call, whom to give work to, whom to give up; here calls
 comes of them is told to the plan, to neighbours, and for nodes that are given up to the owner.
 Work goes from parent to child and back in frames between the two; names go with ranks.
 
-Two rules of its own:
+Rules of its own:
+  * a host that is short of processor gets no further calls beyond CALLS_PER_CORE, nor second
+    tries, and its deadlines stretch with the time that calls take: logins cost processor here, and
+    more at once only make all of them late;
   * a node that cannot call onwards (no key there, no route), which it knows after VAIN_COUNT calls
     in vain and none that succeeded, hands everything back, the vain ones too;
   * a head that does not know whether its nodes can call lets one try first: `trial`.
@@ -43,6 +46,11 @@ NOT_FOUND = 127
 VAIN_COUNT = 2
 READY_GUESS_S = 2.0
 """Before the first node is ready: a login over ssh, some of them at once."""
+CALLS_PER_CORE = 8
+BUSY_PER_CORE = 4
+"""Runnable processes from which on a host is short of processor."""
+STRETCH = 4
+"""A deadline is at least so many median times of those that came up."""
 AGAIN_COUNT = 3
 AGAIN_S = 0.5
 PASSING = (b"kex_exchange_identification", b"Connection reset by peer", b"Connection closed by")
@@ -70,11 +78,13 @@ class Dialer:
         self._dialling, self._archive = dialling, archive
         self._connected, self._failed, self._down, self._up = connected, failed, down, up
         self._is_head = is_head
-        stages = (("connect", dialling.connect_s), ("agent", AGENT_S))
-        plan = LaunchPlan(
-            window_count=dialling.window, stages=stages, times=(0.01, READY_GUESS_S, 0.0)
+        self._plan = LaunchPlan(
+            window_count=dialling.window,
+            stages=(("connect", dialling.connect_s), ("agent", AGENT_S)),
+            times=(0.01, READY_GUESS_S, 0.0),
         )
-        self._caller = Caller(plan, is_head=is_head)
+        self._caller = Caller(self._plan, is_head=is_head)
+        self._cores = len(os.sched_getaffinity(0))
         self._names: dict[int, str] = {}
         self._calls: dict[tuple[int, int], Call] = {}
         self._troubles: dict[int, tuple[str, bytes, int]] = {}
@@ -87,10 +97,12 @@ class Dialer:
 
     # Events.
 
-    def take(self, nodes: list[tuple[int, str]]) -> None:
-        """Take nodes to call."""
+    def take(
+        self, nodes: list[tuple[int, str]], times: tuple[float, float, float] | None = None
+    ) -> None:
+        """Take nodes to call; *times* is what the parent knows of calls."""
         self._names.update(nodes)
-        self._do(self._caller.given([rank for rank, _ in nodes], monotonic()))
+        self._do(self._caller.given([rank for rank, _ in nodes], monotonic(), times=times))
 
     def call_of(self, channel: Channel) -> Call | None:
         """Return the call under way whose channel this is."""
@@ -98,6 +110,7 @@ class Dialer:
 
     def attached(self, call: Call, *, calls: bool) -> bool:
         """A called node is there, and *calls* if it can; False: it is not wanted any more."""
+        self._adapt()
         self._succeeded = True
         call.settled()
         del self._calls[call.rank, call.attempt]
@@ -186,6 +199,7 @@ class Dialer:
             self._timer = self._loop.at(wait_s, self._tick)
 
     def _tick(self) -> None:
+        self._adapt()
         self._do(self._caller.tick(monotonic()))
 
     def _carry_out(self, action: Action) -> list[Action] | None:
@@ -202,7 +216,8 @@ class Dialer:
             self._give_up(rank)
         elif kind == GIVE:
             nodes = [field for one in action.ranks for field in (one, self._names[one])]
-            payload = frames.pack(self._dialling.encode(), frames.pack(*nodes))
+            times = (int(seconds * 1e6) for seconds in action.times)
+            payload = frames.pack(self._dialling.encode(), frames.pack(*nodes), *times)
             self._down(rank, frames.CALL, payload)
         elif kind == RECALL:
             self._down(rank, frames.RECALL, b"")
@@ -212,12 +227,23 @@ class Dialer:
             self._up(frames.RETURN, frames.pack(*action.ranks))
         return None
 
+    def _adapt(self) -> None:
+        """Fit the plan to how busy this host is."""
+        plan, count = self._plan, len(self._calls)
+        busy = count >= CALLS_PER_CORE * self._cores and _runnable() > BUSY_PER_CORE * self._cores
+        plan.window_count = min(count, self._dialling.window) if busy else self._dialling.window
+        least_s = STRETCH * plan.ready_s
+        plan.stages = (
+            ("connect", max(self._dialling.connect_s, least_s)), ("agent", max(AGENT_S, least_s))
+        )  # fmt: skip
+
     def _connect(self, rank: int, attempt: int, *, search: bool) -> None:
         name = self._names[rank]
         call = Call(self._loop, rank, name, self._archive, self._ready, self._call_failed)
         call.attempt, call.searched, call.reached = attempt, search, self._reached
         self._calls[rank, attempt] = call
         call.start(self._dialling.command(name, search=search), self._env)
+        self._adapt()
 
     def _reached(self, call: Call) -> None:
         self._do(self._caller.reached(call.rank, call.attempt, "connect", monotonic()))
@@ -269,3 +295,12 @@ class Dialer:
     def _settled(self, ranks: list[int]) -> None:
         if not self._is_head and ranks:
             self._up(frames.SETTLED, frames.pack(*ranks))
+
+
+def _runnable() -> int:
+    """Return how many processes of this host run or would like to."""
+    try:
+        with open("/proc/loadavg", "rb", buffering=0) as file:
+            return int(file.read(100).split()[3].split(b"/")[0])
+    except (OSError, IndexError, ValueError):
+        return 0

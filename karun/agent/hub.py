@@ -138,7 +138,7 @@ class Hub:
 
     def _can_call(self, payload: bytes) -> bool:
         """Whether a node would make the launch quicker: not if it shares this machine."""
-        return self._forced or frames.unpack(payload)[3] != self._boot_id
+        return self._forced or frames.unpack(payload)[3:] != [self._boot_id]
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)

@@ -256,16 +256,18 @@ class Agent:
         )  # fmt: skip
 
     def _call(self, payload: bytes) -> None:
-        dialling, nodes = frames.unpack(payload)
+        dialling, nodes, *times_us = frames.unpack(payload)
         if self._hub is None:
             self._become_relay(Dialling.decode(dialling))
         assert self._hub is not None
         fields = frames.unpack(nodes)
+        gap_s, ready_s, late_s = (frames.number(field) / 1e6 for field in times_us)
         self._hub.dialer.take(
             [
                 (frames.number(rank), frames.text(name))
                 for rank, name in zip(fields[::2], fields[1::2], strict=True)
-            ]
+            ],
+            (gap_s, ready_s, late_s),
         )
 
     def _become_relay(self, dialling: Dialling) -> None:

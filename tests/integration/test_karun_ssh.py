@@ -122,3 +122,34 @@ async def test_logins_that_sshd_drops_are_tried_again(tmp_path: Path) -> None:
     with Sshd(tmp_path, login_count_max=4) as running:
         outcomes = await run_true(str(running.config), addresses(12))
     assert {outcome.exit_code for outcome in outcomes} == {0}
+
+
+async def test_paramiko_reaches_nodes_as_ssh_does(sshd: Sshd, tmp_path: Path) -> None:
+    sink = Collect()
+    nodes = addresses(3)
+    public = sshd.host_key.with_suffix(".pub").read_text()
+    known = tmp_path / "known"  # paramiko knows no patterns
+    known.write_text("".join(f"[{node}]:{sshd.port} {public}" for node in nodes))
+    path = config(sshd, tmp_path / "config", UserKnownHostsFile=str(known))
+    connector = api.connector("paramiko", ssh_config=path, connect_s=30.0)
+    async with Run(nodes, connector) as run:
+        script = "cat; exit $KARUN_RANK"
+        outcomes = await run.command(["sh", "-c", script], stdin=bytes(300_000), sink=sink)
+    assert [outcome.exit_code for outcome in outcomes] == [0, 1, 2]
+    assert {sink.outputs[rank, 1] for rank in range(3)} == {bytes(300_000)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"UserKnownHostsFile": "/dev/null"}, "unknown host key; add it to known_hosts"),
+        ({"Port": "1"}, "connection refused"),
+    ],
+)
+async def test_paramiko_says_what_is_wrong_as_ssh_does(
+    sshd: Sshd, tmp_path: Path, settings: dict[str, str], reason: str
+) -> None:
+    path = config(sshd, tmp_path / "config", **settings)
+    async with Run(addresses(1), api.connector("paramiko", ssh_config=path)) as run:
+        (outcome,) = await run.command(["true"])
+    assert outcome.reason == reason
