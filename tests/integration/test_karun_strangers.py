@@ -97,7 +97,7 @@ async def test_an_agent_that_lies_about_its_rank_ends_with_its_connection() -> N
     async with karun.Run(["a", "b"], "local") as run:
         await run.launched()
         (first, _second) = run.engine._hub.children
-        for payload in (b"\xff", frames.pack("x"), frames.pack(2, 0, frames.OUTPUT, "x")):
+        for payload in (b"\xff", frames.pack("x"), frames.pack(1, 0, frames.OUTPUT, "x")):
             with pytest.raises(frames.FrameError):
                 first.frame(first, frames.EVENT, 1, payload)
         with pytest.raises(frames.FrameError):
