@@ -78,10 +78,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", type=int, default=24, help="default: %(default)s")
     parser.add_argument("--size", default="256MiB", help="default: %(default)s")
     parser.add_argument("--rate", type=float, default=200.0, metavar="MBIT",
-                        help="of every link, each way; default: %(default)s")  # fmt: skip
+                        help="of links, each way; 0: unshaped; default: %(default)s")  # fmt: skip
     parser.add_argument("--runs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--racks", action="store_true",
-                        help="also: two racks, the uplink between them four times slower")  # fmt: skip
+                        help="also: two racks, with an uplink four times slower")  # fmt: skip
     parser.add_argument("--scratch", type=Path, default=Path("/dev/shm"), metavar="DIR",
                         help="room for a copy per node; default: %(default)s")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -101,12 +101,12 @@ def _measure(
     except KaError as error:
         row["error"] = str(error)
         return row
-    ideal_s = size * 8e-6 / given.rate
+    ideal_s = size * 8e-6 / given.rate if given.rate else 0.0
     row |= {
         "one_s": one.seconds * share,
         "all_s": all_.seconds * share,
         "ratio": all_.seconds / one.seconds,
-        "link_share": ideal_s / (all_.seconds * share),
+        "link_percent": 100 * ideal_s / (all_.seconds * share),
         "cpu_s_per_gb_and_node": all_.cpu_s * share * 1e9 / size / given.nodes,
         "remark": all_.remark,
     }
@@ -119,7 +119,7 @@ def _told(row: dict[str, object]) -> str:
     return (
         f"{row['way']:<11} 1 node {row['one_s']:7.2f} s"
         f"   {row['nodes']} nodes {row['all_s']:7.2f} s"
-        f"   ratio {row['ratio']:5.2f}   link {100 * float(str(row['link_share'])):5.1f} %"
+        f"   ratio {row['ratio']:5.2f}   link {row['link_percent']:5.1f} %"
         f"   cpu {row['cpu_s_per_gb_and_node']:5.2f} s/GB/node   {row['remark']}"
     )
 

@@ -41,6 +41,8 @@ READY_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 120.0
 """A way that takes longer has failed."""
 PORT = 7007
+UNSHAPED_MBIT = 10_000.0
+"""What a link is taken for that is not shaped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,7 @@ class _Run:
                 os.killpg(process.pid, signal.SIGTERM)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+            _close(process)
             self.cpu_s += usage.ru_utime + usage.ru_stime
             if process.returncode and not (last_only and process is not self._running[-1][1]):
                 failed = failed or f"{name} ended with {process.returncode}"
@@ -131,12 +134,19 @@ class _Run:
         self._kill()
         for _, process in self._running:
             process.wait()
+            _close(process)
         self._running.clear()
 
     def _kill(self) -> None:
         for _, process in self._running:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()
 
 
 class KaCopy(Way):
@@ -146,7 +156,7 @@ class KaCopy(Way):
     kind: ClassVar[Kind | None] = None
 
     def copy(self, setting: Setting) -> Copied:
-        rate = setting.rate_mbit * 1e6 / 8
+        rate = (setting.rate_mbit or UNSHAPED_MBIT) * 1e6 / 8
         network = Network(up_rate=rate, down_rate=rate, uplink_rate=setting.uplink_mbit * 1e6 / 8)
         size = setting.source.stat().st_size
         plan = make_plan(Request(size, setting.racks, network, kind=self.kind)).chosen
@@ -161,7 +171,7 @@ class KaCopy(Way):
             ]  # fmt: skip
             processes = [source, *nodes]
             addresses = [_line(process.stdout) for process in processes]
-            options = HopOptions(expected_rate=rate)
+            options = HopOptions(expected_rate=rate if setting.rate_mbit else 0.0)
             job = base64.b64encode(encode_job(new_job(plan.shape, addresses, options))) + b"\n"
             began_s = time.monotonic()
             for process in processes:
@@ -284,7 +294,7 @@ class Udpcast(_Peer):
         count = str(len(setting.nodes))
         return ["udp-sender", "--interface", "eth0", "--nokbd", "--full-duplex", "--file",
                 str(setting.source), "--min-receivers", count, "--max-wait", "20",
-                "--max-bitrate", f"{int(setting.rate_mbit * 950)}k"]  # fmt: skip
+                "--max-bitrate", f"{int((setting.rate_mbit or UNSHAPED_MBIT) * 950)}k"]  # fmt: skip
 
 
 class Uftp(_Peer):
@@ -298,10 +308,11 @@ class Uftp(_Peer):
         return ["uftpd", "-d", "-I", "eth0", "-D", directory, "-U", f"0x{node:08X}"]
 
     def sender(self, setting: Setting) -> list[str]:
+        rate_kbit = str(int((setting.rate_mbit or UNSHAPED_MBIT) * 950))
         # Without the list it would wait for more receivers for many seconds.
         hosts = ",".join(f"0x{node:08X}" for node in setting.nodes)
-        return ["uftp", "-I", "eth0", "-R", str(int(setting.rate_mbit * 950)), "-D", "copy",
-                "-H", hosts, str(setting.source)]  # fmt: skip
+        return ["uftp", "-I", "eth0", "-R", rate_kbit, "-D", "copy", "-H", hosts,
+                str(setting.source)]  # fmt: skip
 
     def finish(self, run: _Run) -> None:
         run.wait(last_only=True)

@@ -32,13 +32,14 @@ class NetLab:
         *,
         rate_mbit: float,
         uplink_mbit: float = 0.0,
-        congestion: str = "cubic",
     ) -> None:
-        """*racks*: how many namespaces are in each, the first namespace being the source's."""
+        """*racks*: how many namespaces are in each, the first namespace being the source's.
+
+        Rates of 0 leave a link as quick as it is.
+        """
         self._racks = tuple(racks)
         self._rate_mbit = rate_mbit
         self._uplink_mbit = uplink_mbit
-        self._congestion = congestion
         self._prefix = f"kb{os.getpid() % 100000}"
         self.count = sum(racks)
 
@@ -105,7 +106,7 @@ class NetLab:
         self._in_core("ip", "link", "set", up, "master", "br0", "up")
         self._in_core("ip", "link", "set", down, "master", f"br{rack}", "up")
         for device in (up, down):
-            self._in_core(*self._shape(device, self._uplink_mbit or self._rate_mbit))
+            self._shape(self._core, device, self._uplink_mbit or self._rate_mbit)
 
     def _add(self, node: int, rack: int) -> None:
         name, port = self.name(node), f"p{node}"
@@ -113,22 +114,22 @@ class NetLab:
         command("ip", "link", "add", "eth0", "netns", name, "type", "veth",
                 "peer", "name", port, "netns", self._core)  # fmt: skip
         self._in_core("ip", "link", "set", port, "master", f"br{rack}", "up")
-        self._in_core(*self._shape(port, self._rate_mbit))
+        self._shape(self._core, port, self._rate_mbit)
+        self._shape(name, "eth0", self._rate_mbit)
         inside = (
             ("ip", "link", "set", "lo", "up"),
             ("ip", "address", "add", f"{self.address(node)}/16", "broadcast", "+", "dev", "eth0"),
             ("ip", "link", "set", "eth0", "up"),
             ("ip", "route", "add", "224.0.0.0/4", "dev", "eth0"),
-            tuple(self._shape("eth0", self._rate_mbit)),
         )
         for arguments in inside:
             command(*self.inside(node, *arguments))
 
-    def _shape(self, device: str, rate_mbit: float) -> list[str]:
-        return [
-            "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{rate_mbit}mbit",
-            "burst", str(BURST_SIZE), "latency", f"{QUEUE_MS}ms",
-        ]  # fmt: skip
+    def _shape(self, namespace: str, device: str, rate_mbit: float) -> None:
+        if rate_mbit:
+            command("ip", "netns", "exec", namespace,
+                    "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{rate_mbit}mbit",
+                    "burst", str(BURST_SIZE), "latency", f"{QUEUE_MS}ms")  # fmt: skip
 
     def _in_core(self, *arguments: str) -> None:
         command("ip", "netns", "exec", self._core, *arguments)
