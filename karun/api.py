@@ -245,15 +245,11 @@ class _Recorder:
 @asynccontextmanager
 async def _running(engine: Engine) -> AsyncIterator[Engine]:
     """Launch, and drive the engine until left; then end everything."""
-    failure: KaError | None = None
     engine.launch()
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_drive, engine)
-            try:
-                yield engine
-            except KaError as error:
-                failure = error  # the nursery would wrap it
+            yield engine
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise alone(group) from None
@@ -262,8 +258,6 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):
             await _drive(engine, until_quiet=True)
         engine.close()
-    if failure is not None:
-        raise failure
 
 
 async def _drive(engine: Engine, *, until_quiet: bool = False) -> None:

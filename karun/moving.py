@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import trio
 
 from common.config import format_size
-from common.errors import KaError
 from karun import api, nodes
 from karun.api import Copied, CopyOptions, Step
 from karun.copied import exit_code, report
@@ -77,18 +76,16 @@ async def _act(
 ) -> int:
     meter = _Meter(is_shown=not form.quiet and TERMINAL.is_terminal(STDERR))
     results: list[Copied] | None = None
-    failure: KaError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
-        try:
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
             async with run:
                 results = await act(run, meter.told)
-        except KaError as error:
-            failure = error  # the nursery would wrap it
-        nursery.cancel_scope.cancel()
-    meter.clear()
-    if failure is not None:
-        raise failure
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise api.alone(group) from None
+    finally:
+        meter.clear()
     if results is None:
         return EXIT_INTERRUPTED
     if form.as_json:
