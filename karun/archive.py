@@ -29,7 +29,7 @@ from pathlib import Path
 from common.errors import Code, KaError
 from karun.agent import loader
 
-__all__ = ["Archive", "build", "build_heavy", "cache_directory", "loader_text"]
+__all__ = ["Archive", "build", "build_heavy", "cache_directory", "loader_text", "xxhash_place"]
 
 HEAVY_PACKAGES = (
     "attr", "attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio",
@@ -88,6 +88,15 @@ def _build(kind: str, paths: dict[str, Path]) -> Archive:
         if kept:
             _keep(kept, found)
     return found
+
+
+def xxhash_place() -> str:
+    """Return the directory from which processes of this machine can import xxhash; empty: none.
+
+    It is compiled, so it is in no archive.
+    """
+    spec = importlib.util.find_spec("xxhash")
+    return str(Path(spec.origin).parent.parent) if spec and spec.origin else ""
 
 
 def loader_text() -> str:

@@ -93,7 +93,8 @@ class Broadcast:
         """Bring all sources to all nodes; raises KaError when it is the sources that fail."""
         engine = self._run.engine
         self._heavy = await trio.to_thread.run_sync(archive.build_heavy)
-        words = ["relay", self._heavy.digest, *self._words]
+        place = archive.xxhash_place() if self._run.connector.onehost else ""
+        words = ["relay", self._heavy.digest, place, *self._words]
         self._command = engine.command(words, self, fed=True, task=True)
         self._command.done = self._notice
         try:

@@ -166,11 +166,41 @@ async def test_standard_input_is_copied(tmp_path: Path) -> None:
     assert (tmp_path / "n2").read_bytes() == data
 
 
+async def test_a_pipe_is_a_source(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    words = ["copy", "--via", "local", "-w", "n[1-2]", f"{tmp_path}/pipe", f"{tmp_path}/%h"]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.Path(tmp_path / "pipe").write_bytes, b"what comes")
+        assert (await karun(*words)).returncode == 0
+    assert (tmp_path / "n2").read_bytes() == b"what comes"
+
+
+async def test_progress_is_one_line_written_over_on_a_terminal(tmp_path: Path) -> None:
+    random_file(tmp_path / "source", 3 << 20)
+    words = ["copy", "--via", "local", "-w", "n[1-2]", "--rate", "4MB"]
+    mine, terminal = os.openpty()
+    try:
+        done = await trio.run_process(
+            [sys.executable, "-m", "karun.entry", *words, f"{tmp_path}/source", f"{tmp_path}/%h"],
+            stderr=terminal, check=False,
+        )  # fmt: skip
+        said = os.read(mine, 65536)
+    finally:
+        os.close(mine)
+        os.close(terminal)
+    assert done.returncode == 0
+    assert said.startswith(b"\rsource: 0 of 2 nodes done")
+    assert b" % of 3MiB, " in said
+    assert said.count(b"\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
         (["copy", "/etc/passwd"], 2, "need a source and a destination"),
         (["copy", "/no/such", "/tmp/"], 1, "cannot read /no/such: No such file or directory"),
+        (["copy", "/dev/null", "/tmp/x"], 1,
+         "cannot read /dev/null: is neither a file, a directory nor a disk"),
         (["copy", "--rate", "fast", "/etc/passwd", "/x"], 2, "not a rate (such as 1Gbit): 'fast'"),
         (["gather", "/etc/passwd", "/etc/passwd/all"], 1,
          "cannot write /etc/passwd/all: Not a directory"),
