@@ -3,27 +3,53 @@
 Metrics are declared at import time beside the code that counts; `serve_http` offers them to
 Prometheus, `values` is a flat mapping for status answers.  Names start with `ka_` or the tool's
 name and end with their unit; labels have few values.
+
+Without prometheus_client nothing is counted: a node that takes part in a broadcast runs modules
+that count, and nobody asks it what.
 """
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from typing import Any
 
 from common.errors import Code, KaError
 
+try:
+    from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+except ImportError:
+    PRESENT = False
+else:
+    PRESENT = True
+    registry = CollectorRegistry()
+
 __all__ = ["counter", "gauge", "registry", "serve_http", "values"]
 
-registry = CollectorRegistry()
+
+class _Uncounted:
+    """Takes what it is told, and forgets it."""
+
+    def labels(self, *_values: str) -> _Uncounted:
+        return self
+
+    def inc(self, _amount: float = 1) -> None:
+        pass
+
+    def set(self, _value: float) -> None:
+        pass
 
 
 def counter(name: str, meaning: str, *labels: str) -> Counter:
     """Declare something that only grows."""
-    return Counter(name, meaning, labels, registry=registry)
+    return Counter(name, meaning, labels, registry=registry) if PRESENT else _uncounted()
 
 
 def gauge(name: str, meaning: str, *labels: str) -> Gauge:
     """Declare something that goes up and down."""
-    return Gauge(name, meaning, labels, registry=registry)
+    return Gauge(name, meaning, labels, registry=registry) if PRESENT else _uncounted()
+
+
+def _uncounted() -> Any:
+    return _Uncounted()
 
 
 def serve_http(host: str, port: int) -> None:

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from karun.api import Limits, Outcome, Run, Sink, connector
+    from karun.api import Copied, CopyOptions, Limits, Outcome, Run, Sink, Step, connector
 
-__all__ = ["Limits", "Outcome", "Run", "Sink", "connector"]
+__all__ = ["Copied", "CopyOptions", "Limits", "Outcome", "Run", "Sink", "Step", "connector"]
 
 
 def __getattr__(name: str) -> object:

@@ -26,10 +26,11 @@ import trio
 from common.errors import Code, KaError
 from karun import archive, connectors, ssh_options
 from karun.connectors import Connector
+from karun.copied import Copied, CopyOptions, Step
 from karun.engine import CONNECT_S, TIMEOUT, Command, Engine, Limits, Sink
 from karun.feed import CHUNK_SIZE
 
-__all__ = ["Limits", "Outcome", "Run", "Sink", "connector"]
+__all__ = ["Copied", "CopyOptions", "Limits", "Outcome", "Run", "Sink", "Step", "connector"]
 
 QUIT_S = 3.0
 """What the nodes get to end their processes when the run is left."""
@@ -102,12 +103,12 @@ class Run:
             raise KaError(Code.USAGE, "a node is named twice")
         self.nodes = list(nodes)
         self._limits = limits or Limits()
-        self._via = via if isinstance(via, Connector) else connector(via, sample=nodes[0])
+        self.connector = via if isinstance(via, Connector) else connector(via, sample=nodes[0])
         self._engine: Engine | None = None
 
     async def __aenter__(self) -> Run:
         _raise_descriptor_limit()
-        self._manager = _running(Engine(self.nodes, self._via, archive.build(), self._limits))
+        self._manager = _running(Engine(self.nodes, self.connector, archive.build(), self._limits))
         self._engine = await self._manager.__aenter__()
         return self
 
@@ -142,6 +143,7 @@ class Run:
         env: Mapping[str, str] | None = None,
         limit_s: float = 0.0,
         started: Callable[[Command], None] | None = None,
+        task: bool = False,
     ) -> list[Outcome]:
         """Run a command on all nodes (or on *ranks*), and wait for its end on each.
 
@@ -149,6 +151,7 @@ class Run:
         stdin: bytes or a source of them for its standard input, the same on all nodes.
         pty: give it a terminal.  limit_s: TERM after so long, KILL two seconds later; 0: never.
         started: called with the `Command`, through which it can be signalled.
+        task: the words are those of a task of the agent's own (karun/agent/task.py).
         Cancelled: the command's processes are killed on every node.
         """
         engine = self.engine
@@ -156,7 +159,7 @@ class Run:
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         command = engine.command(
             argv, recorder, ranks=ranks, line=line, pty=pty, cwd=cwd, env=settings,
-            limit_s=limit_s, fed=stdin is not None,
+            limit_s=limit_s, fed=stdin is not None, task=task,
         )  # fmt: skip
         done = trio.Event()
         command.done = done.set
@@ -173,6 +176,44 @@ class Run:
             if command.pending and not engine.closed:
                 engine.abandon(command)
         return recorder.outcomes(range(len(self.nodes)) if ranks is None else ranks)
+
+    async def copy(
+        self,
+        sources: Sequence[str],
+        destination: str,
+        *,
+        options: CopyOptions | None = None,
+        on_progress: Callable[[Step], None] | None = None,
+        on_output: Callable[[int, bytes], None] | None = None,
+    ) -> list[Copied]:
+        """Copy files, directories or standard input (`-`) to all nodes, verified there.
+
+        destination: as `cp` has it, on the node; `%h` is the node's name.  Empty when
+        `options.command` takes what comes.  on_output: what such commands print.
+        Raises KaError when a source cannot be read or changes meanwhile; what fails on nodes is in
+        the results.  Cancelled: what is incomplete stays, and the next copy goes on with it.
+        """
+        from karun import copying  # most runs copy nothing
+
+        return await copying.copy(
+            self, sources, destination, options=options or CopyOptions(),
+            on_progress=on_progress, on_output=on_output,
+        )  # fmt: skip
+
+    async def gather(
+        self,
+        source: str,
+        directory: str,
+        *,
+        on_progress: Callable[[Step], None] | None = None,
+    ) -> list[Copied]:
+        """Bring a file or directory of every node to `directory/<node>`, verified.
+
+        source: on the node; `%h` is its name.  Raises KaError when *directory* cannot be written.
+        """
+        from karun import gathering
+
+        return await gathering.gather(self, source, directory, on_progress=on_progress)
 
 
 class _Recorder:

@@ -3,16 +3,20 @@
 A zip of `karun/agent` with the compiled modules of this Python beside the sources (without comments
 and docstrings): a node with the same version compiles nothing, another one compiles what it needs.
 Reproducible: names sorted, times fixed, compiled modules without times.  Kept in the user's cache,
-under the digest of what it was made from, because compiling takes longer than reading.
+as it travels and under the digest of what it was made from: compiling and packing take longer.
 
 Nothing in the zip is compressed: unpacking would make every node load zlib at each start.  What
 goes over the wire, once for each node, is.
+
+What copying takes beyond that is the *heavy* archive: trio, the broadcast engine and what they
+need, as far as it is pure Python.  It is sent when a node first needs it (karun/agent/heavy.py).
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import os
 import py_compile
 import sys
@@ -22,10 +26,16 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.errors import Code, KaError
 from karun.agent import loader
 
-__all__ = ["Archive", "build", "cache_directory", "loader_text"]
+__all__ = ["Archive", "build", "build_heavy", "cache_directory", "loader_text", "xxhash_place"]
 
+HEAVY_PACKAGES = (
+    "attr", "attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio",
+)  # fmt: skip
+HEAVY_OWN = ("common/*.py", "common/broadcast/*.py", "karun/node_*.py")
+HEAVY_LEFT_OUT = ("_tests/", "/testing/", "_tools/", "uts46data.py", "__main__.py")
 _ROOT = Path(loader.__file__).parent.parent.parent
 _TIME = (1980, 1, 1, 0, 0, 0)
 _LOADER = "karun/agent/loader.py"
@@ -49,17 +59,44 @@ class Archive:
 
 def build() -> Archive:
     """Return the archive, from the cache if it is there."""
-    sources = {name: (_ROOT / name).read_bytes() for name in _names()}
+    return _build("agent", {name: _ROOT / name for name in _names()})
+
+
+def build_heavy() -> Archive:
+    """Return the heavy archive, likewise."""
+    paths = {str(path.relative_to(_ROOT)): path for own in HEAVY_OWN for path in _ROOT.glob(own)}
+    for package in HEAVY_PACKAGES:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise KaError(Code.INTERNAL, f"the Python package {package} is missing")
+        top = Path(spec.origin).parent
+        paths |= {str(path.relative_to(top.parent)): path for path in top.rglob("*.py")}
+    chosen = sorted(name for name in paths if not any(part in name for part in HEAVY_LEFT_OUT))
+    return _build("heavy", {name: paths[name] for name in chosen})
+
+
+def _build(kind: str, paths: dict[str, Path]) -> Archive:
+    sources = {name: path.read_bytes() for name, path in paths.items()}
     key = hashlib.sha256(sys.implementation.cache_tag.encode())
     for name, source in sources.items():
         key.update(b"%s %d\n" % (name.encode(), len(source)) + source)
-    kept = _kept(key.hexdigest())
-    data = _read(kept) if kept else b""
-    if not data:
-        data = _zip(sources)
+    kept = _kept(kind, key.hexdigest())
+    found = _read(kept) if kept else None
+    if found is None:
+        data = _zip(paths, sources)
+        found = Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
         if kept:
-            _keep(kept, data)
-    return Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
+            _keep(kept, found)
+    return found
+
+
+def xxhash_place() -> str:
+    """Return the directory from which processes of this machine can import xxhash; empty: none.
+
+    It is compiled, so it is in no archive.
+    """
+    spec = importlib.util.find_spec("xxhash")
+    return str(Path(spec.origin).parent.parent) if spec and spec.origin else ""
 
 
 def loader_text() -> str:
@@ -82,15 +119,15 @@ def cache_directory() -> Path | None:
 def _names() -> list[str]:
     paths = ["karun/__init__.py", "karun/launch_plan.py"]
     paths += [str(path.relative_to(_ROOT)) for path in (_ROOT / "karun/agent").glob("*.py")]
-    return sorted(set(paths) - {_LOADER})
+    return sorted(set(paths))
 
 
-def _zip(sources: dict[str, bytes]) -> bytes:
+def _zip(paths: dict[str, Path], sources: dict[str, bytes]) -> bytes:
     with tempfile.TemporaryDirectory(prefix="karun-") as directory:
         path = Path(directory) / "agent.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for name, source in sources.items():
-                _add(archive, name + "c", _compiled(name, Path(directory)))
+                _add(archive, name + "c", _compiled(name, paths[name], Path(directory)))
                 _add(archive, name, _bare(source).encode())
         return path.read_bytes()
 
@@ -113,10 +150,10 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _compiled(name: str, directory: Path) -> bytes:
+def _compiled(name: str, path: Path, directory: Path) -> bytes:
     target = directory / "compiled.pyc"
     py_compile.compile(
-        str(_ROOT / name),
+        str(path),
         cfile=str(target),
         dfile=name,
         doraise=True,
@@ -126,23 +163,26 @@ def _compiled(name: str, directory: Path) -> bytes:
     return target.read_bytes()
 
 
-def _kept(key: str) -> Path | None:
+def _kept(kind: str, key: str) -> Path | None:
     directory = cache_directory()
-    return directory / f"agent-{key}.zip" if directory else None
+    return directory / f"{kind}-{key}.archive" if directory else None
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> Archive | None:
+    """Return what is kept, if it is whole: two digests, of the zip file and of the rest."""
     try:
-        data = path.read_bytes()
-        return data if zipfile.is_zipfile(path) else b""
-    except OSError:
-        return b""
+        digest, own_digest, data = path.read_bytes().split(b"\n", 2)
+    except (OSError, ValueError):
+        return None
+    is_whole = hashlib.sha256(data).hexdigest().encode() == own_digest
+    return Archive(data, digest.decode()) if is_whole else None
 
 
-def _keep(path: Path, data: bytes) -> None:
+def _keep(path: Path, archive: Archive) -> None:
+    own_digest = hashlib.sha256(archive.data).hexdigest()
     beside = path.with_suffix(f".{os.getpid()}")
     try:
-        beside.write_bytes(data)
+        beside.write_bytes(f"{archive.digest}\n{own_digest}\n".encode() + archive.data)
         beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Command line of karun, which starts and controls processes on many nodes.
 
 Decides nothing: it reads arguments, calls, and says what came of it.  Built so far: `run`,
-`session`, `plan`.  `karun run --session` does not come by here (karun/entry.py).
+`copy`, `gather`, `session`, `plan`.  `karun run --session` does not come by here (karun/entry.py).
 Errors are one line on standard error; exit codes are those of `common.errors`.
 """
 
@@ -20,9 +20,10 @@ from common.broadcast.planner import make_plan
 from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import Code, KaError
-from karun import client, planning, running, sessions
+from karun import client, moving, planning, running, sessions
 from karun.client import DEFAULT
 from karun.connectors import TREES, VIAS
+from karun.copied import CopyOptions
 from karun.options import Options
 
 __all__ = ["main"]
@@ -36,7 +37,7 @@ __all__ = ["main"]
 def karun() -> None:
     """Start and control processes on many nodes.
 
-    Built so far: `run`, `session` and `plan`.  There is no `copy`, `gather`, `reboot` or `top` yet.
+    Built so far: `run`, `copy`, `gather`, `session` and `plan`.  There is no `reboot` or `top` yet.
     """
 
 
@@ -128,6 +129,79 @@ def run(session: str | None, **options: Any) -> None:
         raise KaError(Code.USAGE, "with --session: -w, options of output and of the command only")
     where, rest = _split(options)
     sys.exit(running.main(where, Options(**rest)))
+
+
+@karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
+@_where
+@click.option("--command", default="", metavar="LINE",
+              help="Feed it to this line for the node's shell, instead of a destination.")
+@click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
+              Kind.MULTICAST.value]), help="Use this one.  [default: planned]")
+@click.option("--fanout", "tree_fanout", type=click.IntRange(min=1),
+              help="Of k-ary; the number of stripes.")
+@click.option("--link", help="Rate of a node's link, each way; slower nodes are told of.")
+@click.option("--rate", help="What a node may send: 500Mbit, 60MB/s.")
+@click.option("--rack-size", type=click.IntRange(min=1),
+              help="Nodes in each rack, in the order of the node set.")
+@click.option("--uplink", help="Rate of a rack's uplink, each way.")
+@click.option("--chunk-size", help="Use this one.  [default: planned]")
+@click.option("--address", default="", metavar="HOST", help="Where nodes reach this machine.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
+@click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
+@click.argument("paths", nargs=-1, required=True, metavar="SRC... DEST")
+def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Copy files or directories to many nodes, verified there.
+
+    `-` is standard input.  DEST is what it is to `cp`, on the node, or a block device; `%h` in it
+    is the node's name.  Times, permissions and, for root, owners are kept.  What a node has
+    already does not travel.  Exit code: 0 all nodes, 2 some, 1 none.
+    """
+    where, rest = _split(options)
+    if len(paths) < 2 and not command:
+        raise KaError(Code.USAGE, "need a source and a destination")
+    *sources, destination = (*paths, "") if command else paths
+    form = moving.Form(as_json=as_json, quiet=quiet)
+    sys.exit(moving.copy(where, sources, destination, _copy_options(command, **rest), form))
+
+
+def _copy_options(
+    command: str,
+    topology: str | None,
+    tree_fanout: int | None,
+    link: str | None,
+    rate: str | None,
+    rack_size: int | None,
+    uplink: str | None,
+    chunk_size: str | None,
+    address: str,
+) -> CopyOptions:
+    return CopyOptions(
+        topology=Kind(topology) if topology else None,
+        fanout=tree_fanout,
+        chunk_size=parse_size(chunk_size) if chunk_size else None,
+        link_rate=planning.parse_rate(link) if link else 0.0,
+        rate_limit=planning.parse_rate(rate) if rate else 0.0,
+        rack_size=rack_size,
+        uplink_rate=planning.parse_rate(uplink) if uplink else 0.0,
+        address=address,
+        command=command,
+    )
+
+
+@karun.command(epilog="Example: karun gather -w node[1-200] /var/log/syslog logs")
+@_where
+@click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
+@click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
+@click.argument("source", metavar="SRC")
+@click.argument("directory", metavar="DIR")
+def gather(source: str, directory: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Bring a file or directory of every node here, as DIR/<node>.
+
+    `%h` in SRC is the node's name.  Exit code: 0 all nodes, 2 some, 1 none.
+    """
+    where, _rest = _split(options)
+    form = moving.Form(as_json=as_json, quiet=quiet)
+    sys.exit(moving.gather(where, source, directory, form))
 
 
 @karun.group(epilog="Example: karun session start -w node[1-200], then karun run --session ...")

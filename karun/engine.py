@@ -146,13 +146,18 @@ class Engine:
         line: bool = False,
         pty: bool = False,
         fed: bool = False,
+        task: bool = False,
         limit_s: float = 0.0,
         cwd: str = "",
         env: Sequence[str] = (),
     ) -> Command:
-        """Order a command on all nodes, or on these; nodes that are out are told to the sink."""
+        """Order a command on all nodes, or on these; nodes that are out are told to the sink.
+
+        *task*: the words are those of a task of the agent's own, not of a program.
+        """
         chosen = list(range(self.roster.size) if ranks is None else ranks)
-        flags = ("s" if line else "") + ("p" if pty else "") + ("i" if fed else "")
+        asked = {"s": line, "p": pty, "i": fed, "t": task}
+        flags = "".join(flag for flag, is_asked in asked.items() if is_asked)
         number, order = self.roster.order(
             frames.COMMAND, flags, int(limit_s * 1000), cwd, frames.pack(*argv),
             frames.pack(*env), b"" if ranks is None else _bits(chosen),

@@ -81,6 +81,10 @@ class Ledger:
         self._untold_notes: set[int] = set()
         self._rank_count = receiver_count + 1
 
+    @property
+    def verified_count(self) -> int:
+        return self._verified.bit_count()
+
     def join(self, rank: int, attempt: int) -> bool:
         """Note that a rank has attached; whether that is news."""
         if attempt > 1:

@@ -69,11 +69,9 @@ class Source:
         """Sum every chunk; `scan` comes first."""
         self._chunk_size = chunk_size
         sums = bytearray()
-        buffer = memoryview(bytearray(min(chunk_size, self.size)))
         try:
-            for offset in range(0, self.size, chunk_size):
-                part = buffer[: min(chunk_size, self.size - offset)]
-                sums += algorithm.sum_of(self._read_into(offset, part))
+            for part in self.content(chunk_size):
+                sums += algorithm.sum_of(part)
         except OSError as error:
             raise _unreadable(error, self._path) from None
         table = encode_table(self._entries)
@@ -81,6 +79,17 @@ class Source:
             transfer_id, image_id(name, table), self.size, chunk_size, algorithm, bytes(sums)
         )
         return Plan(manifest, self._entries, encode_plan(manifest, table, token))
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """What there is, after `scan`."""
+        return self._entries
+
+    def content(self, piece_size: int) -> Iterator[memoryview]:
+        """Yield the content, once through; a piece is good until the next one is asked for."""
+        buffer = memoryview(bytearray(min(piece_size, self.size)))
+        for offset in range(0, self.size, piece_size):
+            yield self._read_into(offset, buffer[: min(piece_size, self.size - offset)])
 
     # ------------------------------------------------------------ a Store
 

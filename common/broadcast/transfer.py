@@ -52,6 +52,8 @@ class Progress:
     total_count: int
     """Chunks that this node and all below it have, as last heard."""
     sent_size: int
+    verified_count: int
+    """Nodes that have verified everything, as last heard."""
 
 
 OnProgress = Callable[[Progress], None]
@@ -175,6 +177,7 @@ def _teller(relay: Relay, on_progress: OnProgress | None) -> Callable[[], None]:
         if hop is not None and depot is not None and on_progress is not None:
             own = hop.node.have.bit_count()
             total = own + hop.downs[-1].total()
-            on_progress(Progress(hop.node.chunk_count, own, total, depot.sent_size))
+            verified = hop.node.ledger.verified_count
+            on_progress(Progress(hop.node.chunk_count, own, total, depot.sent_size, verified))
 
     return tell

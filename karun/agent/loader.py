@@ -45,30 +45,40 @@ def keep(data: bytes, places: "list[bytes]", name: bytes) -> bytes:
     return b"/proc/self/fd/%d" % fd
 
 
-def load(digest: str, size: int) -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 - the node decides which Python this is
-        posix.write(1, b"KARUN1 old\n")
-        return
+def places() -> "list[bytes]":
+    env = posix.environ
+    cache = env.get(b"XDG_CACHE_HOME") or env.get(b"HOME", b"/nonexistent") + b"/.cache"
+    return [cache + b"/karun", b"/tmp/karun-%d" % posix.geteuid()]
+
+
+def digest_of(data: bytes) -> str:
     try:
         from _sha256 import sha256  # type: ignore[import-not-found]
     except ImportError:
         from hashlib import sha256  # Python 3.12 renamed the quick one
-    env = posix.environ
-    cache = env.get(b"XDG_CACHE_HOME") or env.get(b"HOME", b"/nonexistent") + b"/.cache"
-    places = [cache + b"/karun", b"/tmp/karun-%d" % posix.geteuid()]
-    name = b"/" + digest.encode() + b".zip"
+    found: str = sha256(data).hexdigest()
+    return found
 
-    path = None
+
+def find(digest: str, places: "list[bytes]", name: bytes) -> "bytes | None":
     for place in places:
         try:
             fd = posix.open(place + name, posix.O_RDONLY | posix.O_NOFOLLOW | posix.O_CLOEXEC)
-            data = posix.read(fd, 1 << 24)
+            data = posix.read(fd, 1 << 26)
             posix.close(fd)
-            if ours(place) and sha256(data).hexdigest() == digest:
-                path = place + name
-                break
+            if ours(place) and digest_of(data) == digest:
+                return place + name
         except OSError:
             pass
+    return None
+
+
+def load(digest: str, size: int) -> None:
+    if sys.version_info < (3, 10):  # noqa: UP036 - the node decides which Python this is
+        posix.write(1, b"KARUN1 old\n")
+        return
+    name = b"/" + digest.encode() + b".zip"
+    path = find(digest, places(), name)
     if path is None:
         posix.write(1, b"KARUN1 need\n")
         import zlib
@@ -80,10 +90,10 @@ def load(digest: str, size: int) -> None:
                 return
             data += more
         data = zlib.decompress(data)
-        if sha256(data).hexdigest() != digest:
+        if digest_of(data) != digest:
             posix.write(1, b"KARUN1 damaged\n")
             return
-        path = keep(data, places, name)
+        path = keep(data, places(), name)
     sys.path.insert(0, path.decode("utf-8", "surrogateescape"))
     from karun.agent.main import main
 

@@ -253,6 +253,7 @@ class Agent:
         process.start(
             argv, env, frames.text(cwd),
             pty=b"p" in flags, fed=b"i" in flags, limit_s=frames.number(limit_ms) / 1000,
+            task=b"t" in flags,
         )  # fmt: skip
 
     def _call(self, payload: bytes) -> None:

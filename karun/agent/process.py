@@ -65,12 +65,18 @@ class Process:
 
     def start(
         self, argv: list[str], env: dict[str, str], cwd: str,
-        *, pty: bool, fed: bool, limit_s: float,
+        *, pty: bool, fed: bool, limit_s: float, task: bool = False,
     ) -> None:  # fmt: skip
-        """Start *argv*; what prevents it is told as the shell does, with code 126 or 127."""
+        """Start *argv*, a command or a task of the agent's own (karun/agent/task.py).
+
+        What prevents it is told as the shell does, with code 126 or 127.
+        """
         try:
-            program = _find(argv[0], env.get("PATH", os.defpath), cwd)
-            self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed)
+            if task:
+                self._fork(argv, env, cwd, fed=fed)
+            else:
+                program = _find(argv[0], env.get("PATH", os.defpath), cwd)
+                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed)
         except OSError as error:
             self._output(2, f"karun: {error.filename or argv[0]}: {error.strerror}\n".encode())
             missing = isinstance(error, FileNotFoundError) and error.filename != cwd
@@ -130,9 +136,7 @@ class Process:
                 argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS
             )
         except OSError:
-            for fd in self._outputs:
-                os.close(fd)
-            self._outputs.clear()
+            self._drop_outputs()
             raise
         finally:
             if back >= 0:
@@ -140,6 +144,30 @@ class Process:
                 os.close(back)
             for fd in theirs:
                 os.close(fd)
+        self._listen()
+
+    def _fork(self, words: list[str], env: dict[str, str], cwd: str, *, fed: bool) -> None:
+        from . import task
+
+        null = os.open("/dev/null", os.O_RDWR)
+        theirs = [null]
+        ends = [end for _dup2, end, _target in self._on_pipes(theirs, null, fed)]
+        try:
+            self.pid = task.fork(words, env, ends, cwd)
+        except OSError:
+            self._drop_outputs()
+            raise
+        finally:
+            for fd in theirs:
+                os.close(fd)
+        self._listen()
+
+    def _drop_outputs(self) -> None:
+        for fd in self._outputs:
+            os.close(fd)
+        self._outputs.clear()
+
+    def _listen(self) -> None:
         for fd in {*self._outputs, self._input_fd} - {-1}:
             os.set_blocking(fd, False)
         for fd in self._outputs:

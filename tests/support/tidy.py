@@ -104,6 +104,7 @@ PURE: frozenset[str] = frozenset(
         "karun/agent/member.py",
         "karun/agent/setup.py",
         "karun/connectors.py",
+        "karun/copied.py",
         "karun/feed.py",
         "karun/fold.py",
         "karun/launch_plan.py",
