@@ -29,8 +29,12 @@ from karun.connectors import Connector
 from karun.copied import Copied, CopyOptions, Step
 from karun.engine import CONNECT_S, TIMEOUT, Command, Engine, Limits, Sink
 from karun.feed import CHUNK_SIZE
+from karun.mpi import Program, run_program, unit_names
+from karun.results import CODE_STOPPED, CODE_TIMED_OUT, STAGE_STOPPED
 
-__all__ = ["Copied", "CopyOptions", "Limits", "Outcome", "Run", "Sink", "Step", "connector"]
+__all__ = [
+    "Copied", "CopyOptions", "Limits", "Outcome", "Program", "Run", "Sink", "Step", "connector",
+]  # fmt: skip
 
 QUIT_S = 3.0
 """What the nodes get to end their processes when the run is left."""
@@ -53,9 +57,10 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out."""
+        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out;
+        137 stopped because of another rank."""
         if self.stage:
-            return 124 if self.stage == TIMEOUT else 255
+            return {TIMEOUT: CODE_TIMED_OUT, STAGE_STOPPED: CODE_STOPPED}.get(self.stage, 255)
         return 128 + self.signal if self.signal else self.code or 0
 
 
@@ -179,6 +184,18 @@ class Run:
                 engine.abandon(command)
         return recorder.outcomes(range(len(self.nodes)) if ranks is None else ranks)
 
+    async def mpi(
+        self, program: Program, *, sink: Sink | None = None
+    ) -> tuple[list[Outcome], int]:
+        """Run an MPI program on all nodes; return what became of its ranks, and its abort's code.
+
+        The code is 0 if nobody aborted; the sink is told of MPI ranks.  Ranks start on all nodes
+        or on none.  Cancelled: all ranks are killed.
+        """
+        recorder = _Recorder(unit_names(self.nodes, program.count), sink)
+        code = await run_program(self, program, recorder)
+        return recorder.outcomes(range(len(self.nodes) * program.count)), code
+
     async def copy(
         self,
         sources: Sequence[str],
@@ -253,6 +270,8 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
             nursery.start_soon(_drive, engine)
             yield engine
             nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise alone(group) from None
     finally:
         engine.quit()
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):
@@ -291,6 +310,13 @@ async def _room(command: Command) -> None:
         changed = trio.Event()
         feed.changed = changed.set
         await changed.wait()
+
+
+def alone(error: BaseException) -> BaseException:
+    """Return what a group of one holds: that a nursery was about it is nobody's business."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def _raise_descriptor_limit() -> None:

@@ -3,10 +3,13 @@
 A zip of `karun/agent` with the compiled modules of this Python beside the sources (without comments
 and docstrings): a node with the same version compiles nothing, another one compiles what it needs.
 Reproducible: names sorted, times fixed, compiled modules without times.  Kept in the user's cache,
-under the digest of what it was made from, because compiling takes longer than reading.
+as it travels and under the digest of what it was made from: compiling and packing take longer.
 
-                _add(archive, name + "c", _compiled(name, paths[name], Path(directory)))
-                _add(archive, name, _bare(source).encode())
+Nothing in the zip is compressed: unpacking would make every node load zlib at each start.  What
+goes over the wire, once for each node, is.
+
+What copying takes beyond that is the *heavy* archive: trio, the broadcast engine and what they
+need, as far as it is pure Python.  It is sent when a node first needs it (karun/agent/heavy.py).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from pathlib import Path
 from common.errors import Code, KaError
 from karun.agent import loader
 
-__all__ = ["Archive", "build", "build_heavy", "cache_directory", "loader_text"]
+__all__ = ["Archive", "build", "build_heavy", "cache_directory", "loader_text", "xxhash_place"]
 
 HEAVY_PACKAGES = (
     "attr", "attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio",
@@ -78,12 +81,22 @@ def _build(kind: str, paths: dict[str, Path]) -> Archive:
     for name, source in sources.items():
         key.update(b"%s %d\n" % (name.encode(), len(source)) + source)
     kept = _kept(kind, key.hexdigest())
-    data = _read(kept) if kept else b""
-    if not data:
+    found = _read(kept) if kept else None
+    if found is None:
         data = _zip(paths, sources)
+        found = Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
         if kept:
-            _keep(kept, data)
-    return Archive(zlib.compress(data, 9), hashlib.sha256(data).hexdigest())
+            _keep(kept, found)
+    return found
+
+
+def xxhash_place() -> str:
+    """Return the directory from which processes of this machine can import xxhash; empty: none.
+
+    It is compiled, so it is in no archive.
+    """
+    spec = importlib.util.find_spec("xxhash")
+    return str(Path(spec.origin).parent.parent) if spec and spec.origin else ""
 
 
 def loader_text() -> str:
@@ -152,21 +165,24 @@ def _compiled(name: str, path: Path, directory: Path) -> bytes:
 
 def _kept(kind: str, key: str) -> Path | None:
     directory = cache_directory()
-    return directory / f"{kind}-{key}.zip" if directory else None
+    return directory / f"{kind}-{key}.archive" if directory else None
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> Archive | None:
+    """Return what is kept, if it is whole: two digests, of the zip file and of the rest."""
     try:
-        data = path.read_bytes()
-        return data if zipfile.is_zipfile(path) else b""
-    except OSError:
-        return b""
+        digest, own_digest, data = path.read_bytes().split(b"\n", 2)
+    except (OSError, ValueError):
+        return None
+    is_whole = hashlib.sha256(data).hexdigest().encode() == own_digest
+    return Archive(data, digest.decode()) if is_whole else None
 
 
-def _keep(path: Path, data: bytes) -> None:
+def _keep(path: Path, archive: Archive) -> None:
+    own_digest = hashlib.sha256(archive.data).hexdigest()
     beside = path.with_suffix(f".{os.getpid()}")
     try:
-        beside.write_bytes(data)
+        beside.write_bytes(f"{archive.digest}\n{own_digest}\n".encode() + archive.data)
         beside.replace(path)
     except OSError:
         beside.unlink(missing_ok=True)

@@ -93,7 +93,8 @@ class Broadcast:
         """Bring all sources to all nodes; raises KaError when it is the sources that fail."""
         engine = self._run.engine
         self._heavy = await trio.to_thread.run_sync(archive.build_heavy)
-        words = ["relay", self._heavy.digest, *self._words]
+        place = archive.xxhash_place() if self._run.connector.onehost else ""
+        words = ["relay", self._heavy.digest, place, *self._words]
         self._command = engine.command(words, self, fed=True, task=True)
         self._command.done = self._notice
         try:
@@ -219,7 +220,8 @@ class Broadcast:
             share = others_count / progress.chunk_count if progress.chunk_count else node_count
             name = item.name or "standard input"
             total = min(node_count * size, round(share * size))
-            self._on_progress(Step(name, size, node_count, progress.verified_count, total))
+            done = progress.verified_count
+            self._on_progress(Step(name, size, node_count, done, total, progress.sent_size))
 
     def _judged(self, summary: Summary, ranks: Sequence[int]) -> set[int]:
         for place, entry in summary.others.items():

@@ -62,6 +62,8 @@ class Step:
     """Nodes that have it all, verified."""
     total_size: int
     """Bytes that all nodes together have."""
+    sent_size: int = 0
+    """Bytes that have left this machine."""
 
 
 def exit_code(results: Iterable[Copied]) -> int:

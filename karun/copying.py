@@ -98,22 +98,30 @@ def check_names(nodes: Sequence[str]) -> None:
 
 
 def _look_at(sources: Sequence[str]) -> list[Item]:
-    items = []
-    for path in sources:
-        name = "" if path == STDIN else os.path.basename(os.path.abspath(path))
-        try:
-            if path == STDIN:
-                spool = spool_stream(0)
-                items.append(Item(path, name, os.fstat(spool), spool))
-            else:
-                items.append(Item(path, name, os.stat(path)))
-        except OSError as error:
-            reason = f"cannot read {path}: {error.strerror}"
-            raise KaError(from_errno(error.errno or 0), reason) from None
+    try:
+        items = [_item(path) for path in sources]
+    except OSError as error:
+        reason = f"cannot read {error.filename}: {error.strerror}"
+        raise KaError(from_errno(error.errno or 0), reason) from None
     names = [item.name for item in items]
     if len(set(names)) < len(names):
         raise KaError(Code.USAGE, "two sources have the same name")
     return items
+
+
+def _item(path: str) -> Item:
+    """Look at a source; a stream is read to its end, and kept."""
+    if path == STDIN:
+        spool = spool_stream(0)
+        return Item(path, "", os.fstat(spool), spool)
+    status = os.stat(path)
+    if stat.S_ISFIFO(status.st_mode):
+        with open(path, "rb", buffering=0) as stream:
+            spool = spool_stream(stream.fileno())
+        return Item(path, "", os.fstat(spool), spool)
+    if stat.S_IFMT(status.st_mode) not in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFBLK):
+        raise OSError(22, "is neither a file, a directory nor a disk", path)
+    return Item(path, os.path.basename(os.path.abspath(path)), status)
 
 
 # ------------------------------------------------------------ on the run itself

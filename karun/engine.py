@@ -227,9 +227,10 @@ class Engine:
         self._hub.broadcast(frames.QUIT, b"")
 
     def close(self) -> None:
-        """Drop all connections and calls."""
+        """Drop all connections and calls, and end what connectors are left."""
         self.closed = True
         self._hub.close()
+        self.loop.end_children()
         self.loop.close()
 
     # What comes up.
@@ -238,6 +239,12 @@ class Engine:
         number, payload = self.roster.order(kind, *fields)
         self._hub.broadcast(frames.ORDER, payload)
         return number
+
+    def _known(self, field: bytes) -> int:
+        rank = frames.number(field)
+        if not 0 <= rank < self.roster.size:
+            raise frames.FrameError(f"no node has rank {rank}")
+        return rank
 
     def _from_below(self, kind: int, rank: int, payload: bytes) -> None:
         if not 0 <= rank < self.roster.size:
@@ -272,10 +279,10 @@ class Engine:
 
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.LOST:
-            child = frames.number(fields[0])
+            child = self._known(fields[0])
             self._lost(child, rank, frames.text(fields[1]))
         elif kind == frames.FAILED:
-            child = frames.number(fields[0])
+            child = self._known(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
             self._call_failed(child, reason, words, frames.number(fields[3]))
         elif kind == frames.ABORTED:
@@ -336,11 +343,13 @@ class Engine:
         ranks = self.roster.lost(rank, parent)
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
-            self.loop.at(wait_s, lambda: self._give_up(ranks, rank, reason))
+            losses = {one: self.roster.loss_counts[one] for one in ranks}
+            self.loop.at(wait_s, lambda: self._give_up(losses, rank, reason))
 
-    def _give_up(self, ranks: list[int], through: int, reason: str) -> None:
-        for rank in ranks:
-            if self.roster.states[rank] is State.DETACHED:
+    def _give_up(self, losses: dict[int, int], through: int, reason: str) -> None:
+        for rank, loss in losses.items():
+            is_same = self.roster.loss_counts[rank] == loss
+            if is_same and self.roster.states[rank] is State.DETACHED:
                 below = "" if rank == through else f", with {self.nodes[through]}"
                 self._fail(rank, "lost", f"lost{below}: {reason}")
 

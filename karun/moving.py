@@ -76,12 +76,16 @@ async def _act(
 ) -> int:
     meter = _Meter(is_shown=not form.quiet and TERMINAL.is_terminal(STDERR))
     results: list[Copied] | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
-        async with run:
-            results = await act(run, meter.told)
-        nursery.cancel_scope.cancel()
-    meter.clear()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
+            async with run:
+                results = await act(run, meter.told)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise api.alone(group) from None
+    finally:
+        meter.clear()
     if results is None:
         return EXIT_INTERRUPTED
     if form.as_json:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from karun.naming import Folding
 
 __all__ = [
-    "CODE_TIMED_OUT", "CODE_UNREACHABLE", "STAGE_LOST", "STAGE_STOPPED", "STAGE_TIMEOUT", "Result",
-    "Results",
+    "CODE_STOPPED", "CODE_TIMED_OUT", "CODE_UNREACHABLE", "STAGE_LOST", "STAGE_STOPPED",
+    "STAGE_TIMEOUT", "Result", "Results",
 ]  # fmt: skip
 
 CODE_UNREACHABLE = 255

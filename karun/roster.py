@@ -22,6 +22,9 @@ __all__ = ["Event", "Roster", "State"]
 
 ACK_SIZE = WINDOW_SIZE // 4
 _TRIM_COUNT = 64
+_FIELD_COUNTS = {
+    frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 2, frames.CONSUMED: 2,
+}  # fmt: skip
 
 Event = tuple[int, list[bytes]]
 
@@ -41,6 +44,8 @@ class Roster:
     def __init__(self, size: int) -> None:
         self.states = [State.ABSENT] * size
         self.parents = [frames.HEAD] * size
+        self.loss_counts = [0] * size
+        """How often each has lost its way: a wait for its return is about one loss."""
         self._incarnations = [b""] * size
         self._boot_ids = [b""] * size
         self._applied = [0] * size
@@ -68,7 +73,10 @@ class Roster:
 
     def attach(self, rank: int, payload: bytes) -> tuple[bool, bytes, list[bytes]]:
         """Return whether the node is welcome, what to answer, and the orders that it lacks."""
-        incarnation, applied, parent, boot_id = frames.unpack(payload)
+        fields = frames.unpack(payload)
+        if len(fields) != 4:
+            raise frames.FrameError("not what introduces a node")
+        incarnation, applied, parent, boot_id = fields
         known = self._incarnations[rank]
         if self.states[rank] is State.FAILED or (known and known != incarnation):
             return False, frames.pack(incarnation), []
@@ -91,7 +99,10 @@ class Roster:
         self._received[rank] = number
         self._applied[rank] = frames.number(fields[1])
         self._unacked[rank] += EVENT_COST + len(payload)
-        return frames.number(fields[2]), fields[3:]
+        kind = frames.number(fields[2])
+        if _FIELD_COUNTS.get(kind) != len(fields) - 3:
+            raise frames.FrameError(f"an event of kind {kind} with {len(fields) - 3} fields")
+        return kind, fields[3:]
 
     def ack_due(self, rank: int) -> bytes | None:
         """Return the acknowledgement that is due, if one is."""
@@ -110,6 +121,7 @@ class Roster:
         found = list(self.below(rank))
         for one in found:
             self.states[one] = State.DETACHED
+            self.loss_counts[one] += 1
         return found
 
     def below(self, rank: int) -> Iterator[int]:

@@ -20,7 +20,7 @@ from karun.connectors import Connector
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
-from karun.mpi import Program, run_program, unit_names
+from karun.mpi import Program, unit_names
 from karun.options import TERMINAL, Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
@@ -83,7 +83,10 @@ def main(where: Where, options: Options) -> int:
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
     with printing(options, nodes.Names(units)) as printer:
-        return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
+        try:
+            return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
+        except BaseExceptionGroup as group:
+            raise api.alone(group) from None
 
 
 class _Prints:
@@ -117,7 +120,7 @@ async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Na
         async with run:
             sink = _Prints(printer, nursery.cancel_scope.cancel)
             if options.mpi:
-                abort_code = await run_program(run, _program(options, stdin), sink)
+                _ends, abort_code = await run.mpi(_program(options, stdin), sink=sink)
             else:
                 await _command(run, options, stdin, sink)
             ended = True

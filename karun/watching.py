@@ -56,7 +56,10 @@ def main(where: Where, watch: Watch) -> int:
     names = where.names()
     view = _View(nodes.Names(names), watch)
     view.rows(0.0)  # what is wrong with the options is said before anybody is called
-    return trio.run(_watch, where.run(names), view)
+    try:
+        return trio.run(_watch, where.run(names), view)
+    except BaseExceptionGroup as group:
+        raise api.alone(group) from None
 
 
 class _View:

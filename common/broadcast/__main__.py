@@ -81,14 +81,18 @@ def _read_job() -> Job:
     return decode_job(base64.b64decode(line))
 
 
-def _report(summary: Summary, started_s: float) -> None:
+def _cpu_s() -> float:
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _report(summary: Summary, started_s: float, started_cpu_s: float) -> None:
     facts: dict[str, Any] = {
         "verified": list(chunkset.indexes(summary.verified)),
         "others": {rank: entry.reason for rank, entry in summary.others.items()},
         "notes": summary.notes,
         "seconds": time.monotonic() - started_s,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
+        "cpu_s": _cpu_s() - started_cpu_s,
     }
     print(json.dumps(facts), flush=True)
 
@@ -100,7 +104,7 @@ def main() -> int:
     host, port = sockets[0].getsockname()[:2]
     print(f"{host}:{port}", flush=True)
     job = _read_job()
-    started_s = time.monotonic()
+    started_s, started_cpu_s = time.monotonic(), _cpu_s()
     told = [-1]
 
     def tell(progress: Progress) -> None:
@@ -135,7 +139,7 @@ def main() -> int:
     except KaError as error:
         print(f"{arguments.role}: {error}", file=sys.stderr)
         return error.code.exit_code
-    _report(summary, started_s)
+    _report(summary, started_s, started_cpu_s)
     return summary.exit_code
 
 

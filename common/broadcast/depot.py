@@ -1,9 +1,11 @@
 """The depot: chunks in memory, on their way from a connection to the sink and to other nodes.
 
-A chunk is received into a pooled buffer.  One worker thread writes what waits, all of it in one
-call.  A chunk that is to be sent on is best sent by the kernel from the sink's file, which saves
-copying it once more; so it waits for its write, unless writing has become slow: then it is sent
-from memory, and a disk that blocks delays nothing but its own node's acks.
+A chunk is received into a pooled buffer and, into the page cache, written at once: for most disks
+that is a copy, and cheaper than handing it to a thread; from there the kernel sends it on without
+another copy.  When a write has blocked, as behind a disk that cannot follow, writing moves to a
+worker thread for a while, all that waits in one call, and chunks are sent on from memory: so the
+disk delays nothing but its own node's acks.  A sink that may wait for others is never written to
+but by the thread (`Sink.is_prompt`).
 
 A buffer goes back to the pool when it is written and all connections are done with it.
 """
@@ -25,8 +27,10 @@ from common.outbox import FilePayload
 
 __all__ = ["Depot", "reason_of"]
 
-PROMPT_S = 0.02
-"""A write that takes longer is not waited for."""
+PROMPT_S = 0.01
+"""A write that takes longer has blocked."""
+WARY_S = 1.0
+"""For this long writing is then left to the thread."""
 
 _log = log.get("ka.depot")
 
@@ -34,13 +38,12 @@ _log = log.get("ka.depot")
 class _Held:
     """A chunk in memory, and how many still need it."""
 
-    __slots__ = ("count", "data", "deferred")
+    __slots__ = ("count", "data", "written")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.count = 1
-        self.deferred: list[int] = []
-        """Peers that it will be sent to once it is written."""
+        self.written = False
 
 
 class Depot:
@@ -66,7 +69,9 @@ class Depot:
         self._waiting: list[int] = []
         """Chunks to be written."""
         self._wanted = trio.Event()
-        self._write_began_s: float | None = None
+        self._wary_until_s = 0.0
+        self._done: list[int] = []
+        self._failure = ""
 
     # ------------------------------------------------------------ coming
 
@@ -91,10 +96,28 @@ class Depot:
         return looked_at
 
     def write(self, chunk: int) -> None:
-        """Hand a chunk that is held to the sink."""
-        self._held[chunk].count += 1
-        self._waiting.append(chunk)
-        self._wanted.set()
+        """Hand a chunk that is held to the sink; see `take_written`."""
+        assert self._sink is not None
+        held = self._held[chunk]
+        began_s = trio.current_time()
+        if self._waiting or not self._sink.is_prompt or began_s < self._wary_until_s:
+            held.count += 1
+            self._waiting.append(chunk)
+            self._wanted.set()
+            return
+        try:
+            self._done += self._sink.write([(chunk, held.data)])
+            held.written = True
+        except (OSError, KaError) as error:
+            self._failure = reason_of(error)
+        if trio.current_time() - began_s > PROMPT_S:
+            self._wary_until_s = trio.current_time() + WARY_S
+
+    def take_written(self) -> tuple[list[int], str]:
+        """Return the chunks that the sink has taken since, and why it has failed, if it has."""
+        found = self._done, self._failure
+        self._done, self._failure = [], ""
+        return found
 
     def _let_go(self, held: _Held) -> None:
         held.count -= 1
@@ -106,28 +129,17 @@ class Depot:
     def send(self, peer: int, chunk: int) -> None:
         """Send a chunk that this node has, from wherever that is cheapest."""
         held = self._held.get(chunk)
-        place = self._store.locate(chunk)
-        self.sent_size += self._manifest.extent(chunk)[1]
-        if held is not None:
-            if place is not None and self._writes_promptly():
-                held.deferred.append(peer)
-            else:
-                self._send_held(peer, chunk, held)
-        elif place is not None:
-            self._send_file(peer, chunk, *place)
+        size = self._manifest.extent(chunk)[1]
+        self.sent_size += size
+        if held is not None and not held.written:
+            self._send_held(peer, chunk, held)
+        elif (place := self._store.locate(chunk)) is not None:
+            frame = (self._header(chunk, size), FilePayload(*place, size, _nothing))
+            self._board.put(peer, frame)
+        elif held is not None:
+            self._send_held(peer, chunk, held)
         else:
             self._work.start_soon(self._send_read, peer, chunk)
-
-    def hurry(self) -> None:
-        """Send what has waited for a write for too long."""
-        if not self._writes_promptly():
-            for chunk, held in self._held.items():
-                self._send_deferred(chunk, held)
-            self._board.flush()
-
-    def _writes_promptly(self) -> bool:
-        began_s = self._write_began_s
-        return began_s is None or trio.current_time() - began_s < PROMPT_S
 
     def _header(self, chunk: int, size: int) -> bytes:
         return chunk_header(self._manifest.transfer_id, chunk, size)
@@ -136,11 +148,6 @@ class Depot:
         held.count += 1
         frame = (self._header(chunk, len(held.data)), held.data)
         self._board.put(peer, frame, lambda: self._let_go(held))
-
-    def _send_file(self, peer: int, chunk: int, fd: int, offset: int) -> None:
-        size = self._manifest.extent(chunk)[1]
-        frame = (self._header(chunk, size), FilePayload(fd, offset, size, _nothing))
-        self._board.put(peer, frame)
 
     async def _send_read(self, peer: int, chunk: int) -> None:
         size = self._manifest.extent(chunk)[1]
@@ -162,42 +169,26 @@ class Depot:
             return False
         return self._manifest.verify(chunk, data)
 
-    def _send_deferred(self, chunk: int, held: _Held) -> None:
-        peers, held.deferred = held.deferred, []
-        for peer in peers:
-            self._send_held(peer, chunk, held)
+    # ------------------------------------------------------------ writing in the thread
 
-    # ------------------------------------------------------------ writing
-
-    async def run(self, written: Callable[[list[int], str], None]) -> None:
-        """Write what waits, for ever; *written* gets the chunks that the sink has, or why not."""
+    async def run(self, written: Callable[[], None]) -> None:
+        """Write what waits, for ever; *written* is called when there is something to take."""
         assert self._sink is not None
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
             batch, self._waiting = self._waiting, []
             items = [(chunk, self._held[chunk].data) for chunk in batch]
-            done: list[int] = []
-            failure = ""
-            self._write_began_s = trio.current_time()
+            began_s = trio.current_time()
             try:
-                done = await trio.to_thread.run_sync(self._sink.write, items)
+                self._done += await trio.to_thread.run_sync(self._sink.write, items)
             except (OSError, KaError) as error:
-                failure = reason_of(error)
-            self._write_began_s = None
+                self._failure = reason_of(error)
+            if trio.current_time() - began_s > PROMPT_S * len(items):
+                self._wary_until_s = trio.current_time() + WARY_S
             for chunk in batch:
-                self._written(chunk, failure)
-            written(done, failure)
-
-    def _written(self, chunk: int, failure: str) -> None:
-        held = self._held.pop(chunk)
-        place = self._store.locate(chunk)
-        if place is None or failure:
-            self._send_deferred(chunk, held)
-        for peer in held.deferred:
-            assert place is not None
-            self._send_file(peer, chunk, *place)
-        self._let_go(held)
+                self._let_go(self._held.pop(chunk))
+            written()
 
 
 def reason_of(error: OSError | KaError) -> str:

@@ -207,7 +207,8 @@ class Edge:
     def poke(self) -> None:
         """Take what has come of a chunk, though it is less than is worth waking up for."""
         if self.is_open and self._payload is not None:
-            self._try_drain()
+            while self._try_drain():  # to the end: who waits may wait for a full low water mark
+                pass
 
     def _try_drain(self) -> bool:
         try:

@@ -149,7 +149,7 @@ class Relay:
                 self._deliver_early()
                 nursery.start_soon(self._tick, on_tick)
                 if self._sink is not None:
-                    nursery.start_soon(self.depot.run, self._written)
+                    nursery.start_soon(self.depot.run, self._thread_wrote)
                 await self._finished.wait()
             finally:
                 if self._sink is not None:
@@ -166,6 +166,11 @@ class Relay:
     # ------------------------------------------------------------ the hop's actions
 
     def _perform(self, actions: list[Action]) -> None:
+        self._carry_out(actions)
+        self._written()
+        self._board.flush()
+
+    def _carry_out(self, actions: list[Action]) -> None:
         assert self.depot is not None
         for action in actions:
             match action:
@@ -184,7 +189,6 @@ class Relay:
                 case Finished():
                     self._outcome = action
                     self._finished.set()
-        self._board.flush()
 
     def _lost(self, peer: int, reason: str) -> None:
         if self.hop is not None:
@@ -266,13 +270,23 @@ class Relay:
 
     # ------------------------------------------------------------ the sink, the source, the clock
 
-    def _written(self, chunks: list[int], failure: str) -> None:
+    def _written(self) -> None:
+        """Tell the hop what the sink has taken, until there is no more news."""
         assert self.hop is not None
-        now = trio.current_time()
-        actions = [action for chunk in chunks for action in self.hop.sink_wrote(chunk, now)]
-        if failure:
-            actions += self.hop.sink_failed(failure, now)
-        self._perform(actions)
+        assert self.depot is not None
+        while True:
+            chunks, failure = self.depot.take_written()
+            if not chunks and not failure:
+                return
+            now = trio.current_time()
+            actions = [action for chunk in chunks for action in self.hop.sink_wrote(chunk, now)]
+            if failure:
+                actions += self.hop.sink_failed(failure, now)
+            self._carry_out(actions)
+
+    def _thread_wrote(self) -> None:
+        self._written()
+        self._board.flush()
 
     async def _verify(self) -> None:
         assert self.hop is not None
@@ -299,10 +313,8 @@ class Relay:
 
     async def _tick(self, on_tick: Callable[[], None]) -> None:
         assert self.hop is not None
-        assert self.depot is not None
         while True:
             await trio.sleep_until(self.hop.wake_s)
             self._board.poke()
-            self.depot.hurry()
             self._perform(self.hop.tick(trio.current_time()))
             on_tick()

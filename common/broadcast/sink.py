@@ -37,6 +37,8 @@ SYNC_ONE_BY_ONE_MAX = 16
 class FileSink:
     """A destination: a file if the image is one, else a directory."""
 
+    is_prompt = True
+
     def __init__(self, path: str | bytes) -> None:
         self._path = os.fsencode(os.path.abspath(path))
         self._manifest: Manifest | None = None

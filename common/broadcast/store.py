@@ -31,6 +31,13 @@ class Store(Protocol):
 class Sink(Store, Protocol):
     """Where chunks are written to."""
 
+    @property
+    def is_prompt(self) -> bool:
+        """Whether `write` waits for nothing but memory, most of the time.
+
+        If so it is called in the main thread, as long as that stays true.
+        """
+
     def open(self, manifest: Manifest, entries: Sequence[Entry]) -> int:
         """Get ready; return the chunks that are there already, each with its sum found right."""
 

@@ -77,6 +77,8 @@ class _FlatSink:
 class DeviceSink(_FlatSink):
     """A block device, or an existing file that is treated like one."""
 
+    is_prompt = True
+
     def __init__(self, path: str | bytes) -> None:
         super().__init__()
         self._path = os.fsdecode(path)
@@ -113,6 +115,8 @@ class DeviceSink(_FlatSink):
 
 class CommandSink(_FlatSink):
     """The standard input of a command, which is run without a shell."""
+
+    is_prompt = False
 
     def __init__(self, command: Sequence[str], spool_directory: str | None = None) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The lower side of a node of the tree, agent or head: its children, and the ways down.
 
 Invariants
-  * a frame goes down the way on which its node attached last;
+  * a frame goes down, and is taken, on the way on which its node attached last;
   * a child that says nothing for `silence` is lost, unless we ourselves were asleep;
   * a lost child is reported once, and not if it has come back on another connection;
   * what comes up is passed on at once; when the way up is full, children are not read.
@@ -118,7 +118,10 @@ class Hub:
     def _frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
         if frames.ASK <= kind <= frames.CANNOT:
             self.dialer.told(channel.peer, kind, payload)
-        elif kind in (frames.EVENT, frames.BARRIER):
+        elif kind == frames.EVENT:
+            if self._routes.get(rank) is channel:  # else it came this way once, and tells it again
+                self._up(kind, rank, payload)
+        elif kind == frames.BARRIER:
             self._up(kind, rank, payload)
         elif kind == frames.ATTACH:
             self._attached(channel, rank, payload)
@@ -142,7 +145,7 @@ class Hub:
 
     def _can_call(self, payload: bytes) -> bool:
         """Whether a node would make the launch quicker: not if it shares this machine."""
-        return self._forced or frames.unpack(payload)[3] != self._boot_id
+        return self._forced or frames.unpack(payload)[3:] != [self._boot_id]
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)

@@ -27,7 +27,10 @@ def prove(token: bytes, rank: int, challenge: bytes, nonce: bytes) -> bytes:
 
 def proved(token: bytes, rank: int, nonce: bytes, payload: bytes) -> bytes | None:
     """Return the node's nonce if its PROVE is right."""
-    theirs, mac = frames.unpack(payload)
+    fields = frames.unpack(payload)
+    if len(fields) != 2:
+        return None
+    theirs, mac = fields
     return theirs if _equal(mac, _mac(token, b"node", nonce, theirs, rank)) else None
 
 

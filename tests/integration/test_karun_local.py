@@ -156,3 +156,20 @@ async def test_a_thousand_nodes_are_launched_and_heard() -> None:
     assert {outcome.exit_code for outcome in outcomes} == {0}
     assert all(sink.outputs[rank, 1] == b"%d\n" % rank for rank in range(1000))
     assert {outcome.exit_code for outcome in second} == {3}
+
+
+async def test_an_error_of_the_user_leaves_the_run_as_it_is() -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with Run(names(2), "local"):
+            raise ZeroDivisionError
+
+
+async def test_an_error_of_a_sink_ends_the_run_and_reaches_the_user() -> None:
+    class Full(Collect):
+        def output(self, rank: int, stream: int, data: bytes) -> None:
+            raise KaError(Code.ENOSPC, "full")
+
+    with pytest.raises(KaError) as caught:
+        async with Run(names(2), "local") as run:
+            await run.command(["echo", "x"], sink=Full())
+    assert caught.value.code is Code.ENOSPC

@@ -50,6 +50,7 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
+    "h11": "kaboot/http.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": "karun/ssh.py",
@@ -90,6 +91,15 @@ PURE: frozenset[str] = frozenset(
         "common/messages.py",
         "common/session.py",
         "common/xxh3.py",
+        "kaboot/dhcp.py",
+        "kaboot/dnsmasq_log.py",
+        "kaboot/gate.py",
+        "kaboot/model.py",
+        "kaboot/naming.py",
+        "kaboot/requests.py",
+        "kaboot/scripts.py",
+        "kaboot/steps.py",
+        "kaboot/words.py",
         "karun/agent/barrier.py",
         "karun/agent/frames.py",
         "karun/agent/member.py",
@@ -111,6 +121,7 @@ PURE: frozenset[str] = frozenset(
         "karun/roster.py",
         "karun/sampler.py",
         "karun/top.py",
+        "nfsp/client/block_sums.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
         "nfsp/fsck/entries.py",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from karun import cli, client
+from karun.agent import frames
 from karun.lines import STDOUT
 from karun.nodes import Names
 from karun.output import Form, Style, make_printer
@@ -65,3 +67,32 @@ def test_every_setting_of_a_reboot_is_documented(field: dataclasses.Field[object
     assert row[1] in (f"{field.default:g}" if field.type == "float" else "", "all", "no") or (
         field.name == "failures_max"
     )
+
+
+def test_every_option_of_run_is_documented() -> None:
+    sections = ("Which nodes", "How nodes are reached", "The command", "What is printed")
+    known = " ".join(code for section in sections for code in codes(section))
+    other = {"--session", "-S"}
+    for parameter in cli.run.params:
+        if parameter.param_type_name == "option":
+            assert any(
+                re.search(rf"(^| ){re.escape(name)}\b", known) or name in other
+                for name in parameter.opts
+            ), parameter.opts
+
+
+def test_every_frame_is_documented() -> None:
+    plain = ("SETUP", "ORDER", "ACK", "WELCOME", "REFUSE", "RESYNC", "QUIT", "ATTACH", "EVENT")
+    for name in (*plain, "PING"):
+        assert f"| {getattr(frames, name)} | {name} |" in TEXT
+    assert (frames.CALL, frames.RECALL) == (7, 9)
+    assert (frames.ASK, frames.RETURN, frames.SETTLED, frames.CANNOT) == (20, 21, 22, 23)
+    assert (frames.PROVE, frames.CHALLENGE, frames.ACCEPT) == (31, 32, 33)
+
+
+def test_a_session_takes_the_options_of_the_command_line() -> None:
+    """The light parser and the whole one name the same options alike."""
+    options = {name for one in cli.run.params for name in one.opts}
+    light = {f"-{letter}" for letter in client._SHORT.replace(":", "")}
+    light |= {"--" + name.removesuffix("=") for name in client._LONG}
+    assert light <= options
