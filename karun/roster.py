@@ -24,6 +24,7 @@ ACK_SIZE = WINDOW_SIZE // 4
 _TRIM_COUNT = 64
 _FIELD_COUNTS = {
     frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 2, frames.CONSUMED: 2,
+    frames.ABORTED: 4,
 }  # fmt: skip
 
 Event = tuple[int, list[bytes]]
