@@ -213,6 +213,15 @@ async def test_iod_whose_files_cannot_be_opened_is_left_alone(tmp_path: Path) ->
         assert r.questions == 1
 
 
+def test_chunk_behind_the_end_of_its_file_is_nowhere(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "store") as store:
+        r = Reader(store, 1.0)
+        r.write(b"data")
+        for row in (1, 1 << 62):
+            for locate in (store.locate, store.locate_now):
+                assert locate(INO, COLUMN, row, chunk_size=CHUNK_SIZE) is None
+
+
 async def test_disk_that_hangs_is_an_error_after_a_while(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
