@@ -50,12 +50,14 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
+    "jinja2": "kadeploy/postinstall.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": None,  # nobody yet
     "prometheus_client": "common/metrics.py",
     "pyfuse3": "nfsp/client/fuse.py",
     "xxhash": "common/checksum.py",
+    "yaml": "kadeploy/descriptions.py",
 }
 
 # No I/O, no clock, no chance: what these decide, `now`, ids and randomness being arguments, can
@@ -85,6 +87,16 @@ PURE: frozenset[str] = frozenset(
         "common/framing.py",
         "common/messages.py",
         "common/session.py",
+        "common/sizes.py",
+        "kadeploy/bootentries.py",
+        "kadeploy/disks.py",
+        "kadeploy/environment.py",
+        "kadeploy/nodes.py",
+        "kadeploy/orders.py",
+        "kadeploy/partitions.py",
+        "kadeploy/plan.py",
+        "kadeploy/planview.py",
+        "kadeploy/postinstall.py",
         "karun/launch_plan.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
