@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 __all__ = [
     "EfiEntry",
+    "boot_order",
     "create_entry_words",
     "default_grub",
     "delete_entry_words",
@@ -24,6 +25,7 @@ __all__ = [
     "grub_config",
     "grub_install_words",
     "next_entry_words",
+    "order_words",
     "parse_entries",
 ]
 
@@ -31,8 +33,14 @@ GRUB_EFI_PATH = "\\EFI\\{name}\\grubx64.efi"
 _ENTRY = re.compile(r"Boot([0-9A-F]{4})(\*?) ([^\t]*)(?:\t.*)?")
 
 
-def grub_config(*, root: str, kernel: str, initrd: str, arguments: str, title: str) -> str:
-    """Return grub.cfg; *root*: the UUID of the file system that holds the kernel."""
+def grub_config(
+    *, root: str, holder: str, kernel: str, initrd: str, arguments: str, title: str
+) -> str:
+    """Return grub.cfg.
+
+    *root*, *holder*: UUIDs of the root file system and of the one that holds the kernel, in which
+    *kernel* and *initrd* are paths.
+    """
     lines = [
         "# Written by kadeploy.",
         "set timeout=3",
@@ -40,7 +48,7 @@ def grub_config(*, root: str, kernel: str, initrd: str, arguments: str, title: s
         "serial --unit=0 --speed=115200",
         "terminal_input console serial",
         "terminal_output console serial",
-        f"search --no-floppy --fs-uuid --set=root {root}",
+        f"search --no-floppy --fs-uuid --set=root {holder}",
         f"menuentry '{title}' {{",
         f"  linux {kernel} root=UUID={root} ro {arguments}".rstrip(),
     ]
@@ -94,10 +102,10 @@ def entries_named(entries: Sequence[EfiEntry], label: str) -> list[EfiEntry]:
 
 
 def create_entry_words(*, disk: str, esp_number: int, label: str, path: str) -> list[str]:
-    """Return the command that adds an entry at the head of the boot order."""
+    """Return the command that adds an entry; where in the order is `order_words`' matter."""
     return [
         "efibootmgr",
-        "--create",
+        "--create-only",
         "--disk",
         disk,
         "--part",
@@ -111,6 +119,22 @@ def create_entry_words(*, disk: str, esp_number: int, label: str, path: str) -> 
 
 def delete_entry_words(number: str) -> list[str]:
     return ["efibootmgr", "--bootnum", number, "--delete-bootnum"]
+
+
+def boot_order(text: str, new: str) -> list[str]:
+    """Return the order with an entry right behind the one that this machine was started by.
+
+    So a machine that asks the network first goes on doing so, and the disk comes next.
+    """
+    order = re.search(r"^BootOrder: ([0-9A-F,]+)$", text, re.MULTILINE)
+    current = re.search(r"^BootCurrent: ([0-9A-F]{4})$", text, re.MULTILINE)
+    rest = [one for one in (order[1].split(",") if order else []) if one != new]
+    at = rest.index(current[1]) + 1 if current and current[1] in rest else 0
+    return [*rest[:at], new, *rest[at:]]
+
+
+def order_words(order: Sequence[str]) -> list[str]:
+    return ["efibootmgr", "--bootorder", ",".join(order)]
 
 
 def next_entry_words(number: str) -> list[str]:

@@ -97,6 +97,8 @@ PURE: frozenset[str] = frozenset(
         "kadeploy/plan.py",
         "kadeploy/planview.py",
         "kadeploy/postinstall.py",
+        "kadeploy/steps.py",
+        "kadeploy/workflow.py",
         "karun/launch_plan.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",

@@ -328,10 +328,17 @@ def test_boot_entries_are_read_as_efibootmgr_prints_them() -> None:
     assert [one.number for one in bootentries.entries_named(found, "debian")] == ["0001"]
 
 
+def test_the_network_stays_before_the_disk_in_the_boot_order() -> None:
+    text = "BootCurrent: 0002\nBootOrder: 0001,0002,0003\n"
+    assert bootentries.boot_order(text, "0004") == ["0001", "0002", "0004", "0003"]
+    assert bootentries.boot_order(text, "0001") == ["0002", "0001", "0003"]
+    assert bootentries.boot_order("", "0004") == ["0004"]
+
+
 def test_grub_finds_the_root_by_its_own_identifier() -> None:
     text = bootentries.grub_config(
-        root="abcd", kernel="/vmlinuz", initrd="", arguments="quiet", title="debian"
+        root="abcd", holder="ef01", kernel="/vmlinuz", initrd="", arguments="quiet", title="debian"
     )
-    assert "search --no-floppy --fs-uuid --set=root abcd" in text
+    assert "search --no-floppy --fs-uuid --set=root ef01" in text
     assert "linux /vmlinuz root=UUID=abcd ro quiet" in text
     assert "initrd" not in text
