@@ -125,8 +125,15 @@ class PartitionSpec:
     """GPT only; a Windows boot store refers to it, so it is kept."""
     bootable: bool = False
 
+    @property
+    def filesystem(self) -> Filesystem | None:
+        """What it is formatted with: `format`, and swap without a word."""
+        return Filesystem.SWAP if self.type is PartitionType.SWAP else self.format
+
     def validate(self) -> None:
         _named(self.name, "partition")
+        if self.type is PartitionType.SWAP and self.format not in (None, Filesystem.SWAP):
+            raise ValueError(f"partition {self.name}: swap is not formatted with a file system")
         if self.size is not None and (self.size < MIB or self.size % MIB):
             raise ValueError(f"partition {self.name}: size must be whole MiB, at least one")
         if self.mount is not None and (

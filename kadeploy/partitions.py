@@ -141,7 +141,7 @@ def _place(
         path=partition_path(disk.path, number),
         spec=part,
         part_uuid=part_uuid,
-        filesystem_uuid=_filesystem_uuid(part.format, f"{identity}/{part.name}"),
+        filesystem_uuid=_filesystem_uuid(part.filesystem, f"{identity}/{part.name}"),
     )
 
 

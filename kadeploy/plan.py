@@ -17,7 +17,6 @@ from kadeploy import postinstall
 from kadeploy.disks import Facts, select_disk
 from kadeploy.environment import (
     Environment,
-    Filesystem,
     Firmware,
     Image,
     Loader,
@@ -163,9 +162,7 @@ def _formats(layouts: Sequence[DiskLayout]) -> list[Order]:
         for one in layout.partitions:
             if one.spec is None:
                 continue
-            kind = one.spec.format
-            if kind is None and one.spec.type is PartitionType.SWAP:
-                kind = Filesystem.SWAP
+            kind = one.spec.filesystem
             if kind is not None:
                 label = one.spec.name[:11]  # the shortest limit, vfat's
                 place = _part(layout, one)

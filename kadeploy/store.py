@@ -18,7 +18,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +279,8 @@ class Store:
             " FROM steps WHERE deployment = ?1 AND (?2 IS NULL OR node = ?2) ORDER BY rowid",
             (deployment, node),
         )
-        return [HistoryRow(*rest, ok=bool(ok), reason=reason) for *rest, ok, reason in rows]
+        made = (HistoryRow(*row) for row in rows)
+        return [replace(row, ok=bool(row.ok)) for row in made]
 
     def has(self, node: str) -> tuple[str, int] | None:
         """Return environment and version that a node was last deployed with; None if it failed."""

@@ -82,17 +82,29 @@ def opened(place: Place) -> Iterator[str]:
     check(place)
     if place.number == 0:
         yield place.disk
+        _flush(place.disk)
         return
     path = partition_path(place.disk, place.number)
     if _starts_at(path, place):
         yield path
+        _flush(path)
         return
     words = ["losetup", "--find", "--show", f"--offset={place.start}", f"--sizelimit={place.size}"]
     loop = run([*words, place.disk]).strip()
     try:
         yield loop
+        _flush(loop)
     finally:
         run(["losetup", "--detach", loop])
+
+
+def _flush(device: str) -> None:
+    """Put on the disk what is still in memory; `os.sync` would wait for all other disks too."""
+    descriptor = os.open(device, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _starts_at(path: str, place: Place) -> bool:

@@ -71,7 +71,6 @@ def customize(order: Customize, root: Path) -> None:
                     run(["chroot", str(directory), "ssh-keygen", "-A"])
                 for script in order.scripts:
                     _run_script(directory, script)
-        os.sync()
 
 
 def _put_files(order: Customize) -> None:
@@ -159,7 +158,6 @@ def install_boot(order: InstallBoot, root: Path) -> None:
     if order.grub:
         with devices.mounted(order.mounts, root) as directory:
             _install_grub(order, directory)
-            os.sync()
         entry_path = bootentries.GRUB_EFI_PATH.format(name=_loader_id(order.title))
     if order.firmware == "uefi":
         _make_entry(order, entry_path)
@@ -186,7 +184,12 @@ def _install_grub(order: InstallBoot, directory: Path) -> None:
             "/etc/default/grub.d/kadeploy.cfg", bootentries.default_grub(order.arguments).encode()
         ),
     ]
-    _in_chroot(directory, lambda: [_put_file(new) for new in files])
+
+    def put() -> None:
+        for new in files:
+            _put_file(new)
+
+    _in_chroot(directory, put)
     efi = any(one.path == "/boot/efi" for one in order.mounts)
     if order.firmware == "uefi" and not efi:
         raise KaError(Code.USAGE, "the esp is not mounted at /boot/efi in this system")

@@ -155,7 +155,7 @@ BANNED_CALLS = {
 }
 BANNED_MODULE_NAMES = frozenset({"helper", "helpers", "misc", "util", "utils"})
 # Put together here, so that this file does not trip over itself.
-LEFTOVER = re.compile(r"\b(" + "|".join(("FIX" "ME", "TO" "DO", "X" "XX")) + r")\b")
+LEFTOVER = re.compile(r"\b(" + "|".join(("FIXME", "TODO", "XXX")) + r")\b")
 CLAIMS_PURITY = re.compile(r"(?:^|[.:] )\s*(?:Pure|Sans-I/O)\b[.,;:( ]", re.MULTILINE)
 
 
