@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import Code, KaError
 
@@ -27,7 +27,13 @@ def _fact(value: object) -> str:
     return text if text and plain else repr(text)
 
 
-class Logger(logging.LoggerAdapter[logging.Logger]):
+if TYPE_CHECKING:
+    _Adapter = logging.LoggerAdapter[logging.Logger]
+else:
+    _Adapter = logging.LoggerAdapter  # takes no parameter in Python 3.10, which agents may have
+
+
+class Logger(_Adapter):
     """A logger with facts: keyword arguments of a call are facts of that line."""
 
     def process(

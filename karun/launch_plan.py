@@ -61,6 +61,8 @@ one stage for them all."""
 RETRIED_STAGE = "banner"
 """Hung up on before a word: sshd turns callers away at random when many come at once."""
 
+RATIO_MAX = 1000.0
+"""Of ready to gap: beyond it growth is next to nothing, and its powers are beyond floats."""
 SAMPLE_COUNT_MAX = 64
 SAMPLE_COUNT_MIN = 8
 """Below this many there is no 95th percentile; then LATE_FACTOR medians are late."""
@@ -112,7 +114,7 @@ class LaunchPlan:
         stages: tuple[tuple[str, float], ...] = STAGES,
         times: tuple[float, float, float] = (0.01, 0.15, 0.0),
     ) -> None:
-        """*times*: what a parent's `GIVE` said, or a guess: `gap_s`, `ready_s`, `late_s`.
+        """*times*: a guess at `gap_s`, `ready_s`, `late_s`, until a parent tells or calls are made.
 
         `ready_s` is the median of the ready times; after `late_s`, their 95th percentile, a call
         is late (0: not known).
@@ -126,6 +128,11 @@ class LaunchPlan:
     @property
     def times(self) -> tuple[float, float, float]:
         return self.gap_s, self.ready_s, self.late_s
+
+    def learn(self, times: tuple[float, float, float]) -> None:
+        """Take over what the parent knows, until this caller knows better."""
+        if not self._samples:
+            self.gap_s, self.ready_s, self.late_s = times
 
     def saw_gap(self, seconds: float) -> None:
         self.gap_s += (max(seconds, 1e-4) - self.gap_s) / 4
@@ -145,7 +152,7 @@ class LaunchPlan:
     @property
     def growth(self) -> float:
         """By how much the callers grow in one gap, in the long run: x**r == x**(r - 1) + 1."""
-        ratio = max(1.0, self.ready_s / self.gap_s)
+        ratio = min(max(1.0, self.ready_s / self.gap_s), RATIO_MAX)
         if abs(ratio - self._growth[0]) > 0.02 * ratio:
             low, high = 1.0, 2.0
             for _ in range(30):
@@ -212,9 +219,13 @@ class Caller:
 
     # ------------------------------------------------------------ events: work
 
-    def given(self, ranks: Iterable[int], now: float) -> list[Action]:
-        """Take work: from the user at the head, from the parent elsewhere."""
+    def given(
+        self, ranks: Iterable[int], now: float, *, times: tuple[float, float, float] | None = None
+    ) -> list[Action]:
+        """Take work: from the user at the head, from the parent's `GIVE` elsewhere."""
         self._asked = False
+        if times is not None:
+            self.plan.learn(times)
         self.stock.extend(ranks)
         return self._go_on(now)
 

@@ -1,8 +1,8 @@
 """What all tests share: what they need, which may run side by side, what they must not leave.
 
-* A test marked `fuse` or `uml` is skipped, with the reason, where the machine cannot run it.
+* A test marked `fuse`, `uml` or `vm` is skipped, with the reason, where the machine cannot run it.
 * With xdist (`make test`) a module stays on one worker, so its cluster is made once; all tests
-  that boot kernels share one worker, which bounds memory.  Long groups start first.
+  that boot one kind of kernel share one worker, which bounds memory.  Long groups start first.
 * After each module nothing may be left mounted or running; what is left fails the module and is
   then removed, so that later tests do not suffer from it.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support import leaks
+from tests.support import boot_lab, leaks
 
 TOKEN = uuid.uuid4().hex[:8]
 UML_TOOLS = ("linux.uml", "rpcbind", "exportfs", "mount.nfs")
@@ -50,23 +50,23 @@ def _lacking_for_uml() -> str | None:
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    lacking = {"fuse": _lacking_for_fuse(), "uml": _lacking_for_uml()}
+    lacking = {"fuse": _lacking_for_fuse(), "uml": _lacking_for_uml(), "vm": boot_lab.lacking()}
     for item in items:
         for kind, reason in lacking.items():
             if reason and item.get_closest_marker(kind):
                 item.add_marker(pytest.mark.skip(reason=f"{kind}: {reason}"))
         if item.get_closest_marker("xdist_group") is None:
             module = item.nodeid.partition("::")[0]
-            group = "uml" if item.get_closest_marker("uml") else module
+            group = next((kind for kind in ("uml", "vm") if item.get_closest_marker(kind)), module)
             item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_weight)
 
 
 def _weight(item: pytest.Item) -> int:
-    for weight, kind in enumerate(("uml", "slow", "fuse")):
+    for weight, kind in enumerate(("uml", "vm", "slow", "fuse")):
         if item.get_closest_marker(kind):
             return weight
-    return 3
+    return 4
 
 
 @pytest.fixture

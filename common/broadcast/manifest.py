@@ -32,6 +32,8 @@ from common.framing import PAYLOAD_SIZE_MAX
 __all__ = [
     "CHUNK_COUNT_MAX",
     "CHUNK_SIZE_MAX",
+    "TOKEN_SIZE_MIN",
+    "TRANSFER_ID_SIZE",
     "Algorithm",
     "Manifest",
     "decode_signed",

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from common import endpoint
+from common import greeting
 from common.endpoint import dial, listen
 from common.errors import Code, KaError
 from common.framing import Kind, encode_frame
@@ -86,8 +86,8 @@ async def test_a_stranger_can_make_us_hold_little(peers: Peers) -> None:
 async def test_half_open_connections_are_bounded_and_keep_nobody_out(
     peers: Peers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "HANDSHAKE_TIMEOUT_S", 1.0)
-    silent = [Raw(await peers.connect_raw()) for _ in range(endpoint.STRANGERS_MAX)]
+    monkeypatch.setattr(greeting, "HANDSHAKE_TIMEOUT_S", 1.0)
+    silent = [Raw(await peers.connect_raw()) for _ in range(greeting.STRANGERS_MAX)]
     await wait_all_tasks_blocked(0.01)
     late = Raw(await peers.connect_raw())
     assert await silent[0].ended(), "the oldest makes room"

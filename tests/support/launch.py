@@ -144,9 +144,7 @@ class Launch:
         if rank in self.site.mute:
             self._later(self._parents[rank], "cannot_call", rank, action.ranks)
         elif rank in self._callers:
-            plan = self._callers[rank].plan
-            plan.gap_s, plan.ready_s, plan.late_s = action.times
-            self._on(rank, "given", action.ranks)
+            self._on(rank, "given", action.ranks, times=action.times)
 
     def _settle(self, caller: int, ranks: Iterable[int]) -> None:
         """Pass news up: each ancestor hears it from the child it came through."""

@@ -170,6 +170,22 @@ def test_a_node_throttled_to_a_twentieth_does_not_slow_the_others(rank: int) -> 
         assert "made a leaf" in found.summary.notes[rank]
 
 
+@pytest.mark.parametrize("rank", [1, 18])
+def test_a_slow_relay_of_stripes_is_the_only_one_that_is_blamed(rank: int) -> None:
+    """Its parent has half as much again to send; that is no reason to find others slow."""
+    whole = Scenario(
+        STRIPES, chunk_count=480, chunk_size=1 << 20, link_rate=RATE,
+        options=HopOptions(expected_rate=RATE), calm_s=1,
+    )  # fmt: skip
+    alone = play(whole)
+    patient = replace(whole.options, deadline_s=1.8 * alone.seconds)
+    found = play(replace(whole, faults=(Fault(FaultKind.SLOW, rank, at_s=3),), options=patient))
+    assert found.seconds < 1.6 * alone.seconds
+    leaves = {one for one, note in found.summary.notes.items() if "made a leaf" in note}
+    assert leaves == {rank}
+    assert set(found.summary.others) == {rank}
+
+
 def test_one_chunk_in_ten_damaged_on_the_wire_is_sent_again() -> None:
     found = play(replace(ONE_FAULT, damaged_share=0.1))
     assert found.summary.exit_code == 0

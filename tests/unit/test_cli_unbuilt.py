@@ -7,7 +7,7 @@ import importlib
 import pytest
 from click.testing import CliRunner
 
-UNBUILT = ("kaboot", "kadeploy")
+UNBUILT = ("kadeploy",)
 
 
 @pytest.mark.parametrize("tool", UNBUILT)

@@ -119,7 +119,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(
     assert line in err
 
 
-@pytest.mark.parametrize("arguments", [["run", "-w", "node[1-3]", "--", "date"], ["--json"]])
+@pytest.mark.parametrize("arguments", [["copy", "-w", "node[1-3]", "a", "b"], ["--json"]])
 def test_what_is_not_built_is_refused_in_one_line(karun: Karun, arguments: list[str]) -> None:
     code, out, err = karun(*arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -128,7 +128,7 @@ def test_what_is_not_built_is_refused_in_one_line(karun: Karun, arguments: list[
 def test_help_says_what_is_built_and_what_is_not(karun: Karun) -> None:
     code, out, _ = karun("--help")
     assert code == 0
-    assert "Built so far: `plan`." in out
+    assert "Built so far: `run`, `session` and `plan`." in out
     assert karun("--version")[0] == 0
 
 

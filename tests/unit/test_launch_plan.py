@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +199,17 @@ def test_a_child_learns_the_times_with_its_work() -> None:
     (give,) = [action for action in actions if action.kind == "give"]
     assert give.times[1] == pytest.approx(0.3)
     assert give.times[2] == pytest.approx(0.9)
+    child = Caller(LaunchPlan(), is_head=False)
+    child.given(give.ranks, 0.4, times=give.times)
+    assert child.plan.times == give.times
+
+
+def test_calls_that_cost_the_caller_nothing_are_planned_too() -> None:
+    caller, _ = started(1000, times=(0.01, 2.0, 0.0))
+    for rank in range(1, 21):
+        caller.called(rank * 1e-6)
+    (give,) = [one for one in caller.ready(1, 1, 60.0) if one.kind == "give"]
+    assert 0 < len(give.ranks) < 1000
 
 
 def test_orphans_that_come_back_by_themselves_are_not_called_again() -> None:
@@ -222,3 +235,16 @@ def test_the_module_loads_nothing_else() -> None:
     command = [sys.executable, "-I", "-S", "-c", code]
     loaded = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert set(loaded) <= {"__future__", "karun.launch_plan"}
+
+
+def test_the_document_names_every_event_and_action() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "launch.md").read_text()
+    _, events, actions = re.split(r"^## (?:Events|Actions)$", text, flags=re.MULTILINE)
+    methods = {
+        name
+        for name, one in vars(Caller).items()
+        if inspect.isfunction(one) and not name.startswith("_")
+    }
+    constants = {name for name in launch_plan.__all__ if name.isupper()} - {"STAGES"}
+    assert set(re.findall(r"^\| `(\w+)`", events, re.MULTILINE)) == methods
+    assert set(re.findall(r"^\| `(\w+)`", actions, re.MULTILINE)) == constants

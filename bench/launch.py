@@ -1,0 +1,163 @@
+"""Launching side by side: karun, clush, pdsh, parallel-ssh and TakTuk run `true` over ssh.
+
+`python -m bench.launch --nodes 200 --runs 3` starts one sshd that answers on many loopback
+addresses, lets the systems take turns, and prints for each the wall time and the CPU time of
+everything: clients, sshd and what runs on the nodes, which on one machine is what decides.  Then
+the second command: in a karun session, where the others have nothing of the kind.
+
+All get the same ssh configuration and a window of the same size; their defaults are left alone
+otherwise.  TakTuk runs flat: its tree needs keys on the nodes, and more time here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import facts, packages
+from bench.sshd import Sshd, addresses
+from common.errors import KaError
+
+__all__ = ["main"]
+
+PROGRAMS: Mapping[str, str] = {
+    "clush": "clustershell",
+    "pdsh": "pdsh",
+    "parallel-ssh": "pssh",
+    "taktuk": "taktuk",
+    "sshd": "openssh-server",
+}
+LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One launch."""
+
+    wall_s: float
+    cpu_s: float
+    is_good: bool
+
+
+def commands(nodes: Sequence[str], config: Path, window: int) -> dict[str, list[str]]:
+    """Return each system's command line."""
+    names = ",".join(nodes)
+    karun = [sys.executable, "-m", "karun.entry", "run", "-w", names, "--ssh-config", str(config)]
+    hosts = config.with_name("hosts")
+    hosts.write_text("".join(f"{node}\n" for node in nodes))
+    return {
+        "karun": [*karun, "-f", str(window), "-b", "-S", "--", "true"],
+        "karun, ssh's own key exchange": [
+            *karun, "--no-fast-ssh", "-f", str(window), "-b", "-S", "--", "true",
+        ],
+        "clush": ["clush", "-w", names, "-f", str(window), "-o", f"-F {config}", "-bS", "true"],
+        "pdsh": ["pdsh", "-R", "ssh", "-w", names, "-f", str(window), "-S", "true"],
+        "parallel-ssh": [
+            "parallel-ssh", "-h", str(hosts), "-p", str(window), "-t", "0",
+            "-x", f"-F {config}", "true",
+        ],
+        "taktuk": [
+            "taktuk", "-d", "-1", "-w", str(window), "-c", f"ssh -F {config}",
+            "-f", str(hosts), "broadcast", "exec", "[", "true", "]",
+        ],
+    }  # fmt: skip
+
+
+def measure(name: str, count: int, window: int) -> Sample:
+    """Launch once, with an sshd of its own so that its CPU time is counted."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
+        command = commands(addresses(count), sshd.config, window)[name]
+        start_s = time.monotonic()
+        done = run(command, sshd)
+        wall_s = time.monotonic() - start_s
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Sample(wall_s, cpu_s, done.returncode == 0)
+
+
+def run(command: Sequence[str], sshd: Sshd) -> subprocess.CompletedProcess[bytes]:
+    """Run a system's command, the ssh configuration given as pdsh wants it as well."""
+    environment = os.environ | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd.config}"}
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+
+
+def second_commands(count: int, window: int, runs: int) -> list[float]:
+    """Return the wall times of commands in a session, the client's own start included."""
+    with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
+        environment = os.environ | {"XDG_RUNTIME_DIR": place}
+        karun = [sys.executable, "-m", "karun.entry"]
+        start = [
+            "session", "start", "-w", ",".join(addresses(count)),
+            "--ssh-config", str(sshd.config), "-f", str(window),
+        ]  # fmt: skip
+        subprocess.run(
+            [*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL
+        )
+        times = []
+        try:
+            for _ in range(runs):
+                start_s = time.monotonic()
+                subprocess.run(
+                    [*karun, "run", "--session", "default", "-n", "-b", "-S", "--", "true"],
+                    env=environment, check=True,
+                )  # fmt: skip
+                times.append(time.monotonic() - start_s)
+        finally:
+            subprocess.run([*karun, "session", "stop"], env=environment, check=False)
+    return times
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print; return 1 if something failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.launch", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--nodes", type=int, default=200)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--systems", default="", help="comma-separated; all without")
+    parser.add_argument("--no-install", action="store_true")
+    options = parser.parse_args(arguments)
+    try:
+        packages.ensure(PROGRAMS, may_install=not options.no_install)
+    except KaError as error:
+        print(f"bench.launch: {error}", file=sys.stderr)
+        return error.code.exit_code
+    for name, fact in facts.gather(Path(tempfile.gettempdir())).items():
+        print(f"{name}: {fact}")
+    with tempfile.TemporaryDirectory() as place:
+        known = list(commands(["n"], Path(place) / "config", 1))
+    chosen = [name for name in known if not options.systems or name in options.systems.split(",")]
+    samples: dict[str, list[Sample]] = {name: [] for name in chosen}
+    for _ in range(options.runs):
+        for name in chosen:
+            sample = measure(name, options.nodes, options.window)
+            samples[name].append(sample)
+            print(f"  {name}: {sample.wall_s:.2f} s", file=sys.stderr, flush=True)
+    print(f"\n`true` on {options.nodes} ssh nodes, cold; median of {options.runs}")
+    for name, found in samples.items():
+        wall_s = statistics.median(one.wall_s for one in found)
+        cpu_ms = 1000 * statistics.median(one.cpu_s for one in found) / options.nodes
+        failed = "" if all(one.is_good for one in found) else "  FAILED"
+        print(f"{name:32} {wall_s:8.2f} s {cpu_ms:8.0f} ms of CPU a node{failed}")
+    if "karun" in chosen:
+        times = second_commands(options.nodes, options.window, 9)
+        print(f"karun, in a session: {1000 * statistics.median(times):.0f} ms (median of 9)")
+    return 0 if all(one.is_good for found in samples.values() for one in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

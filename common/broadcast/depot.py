@@ -1,0 +1,202 @@
+"""The depot: chunks in memory, on their way from a connection to the sink and to other nodes.
+
+A chunk is received into a pooled buffer and, into the page cache, written at once: for most disks
+that is a copy, and cheaper than handing it to a thread; from there the kernel sends it on without
+another copy.  When a write has blocked, as behind a disk that cannot follow, writing moves to a
+worker thread for a while, all that waits in one call, and chunks are sent on from memory: so the
+disk delays nothing but its own node's acks.  A sink that may wait for others is never written to
+but by the thread (`Sink.is_prompt`).
+
+A buffer goes back to the pool when it is written and all connections are done with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from common import log
+from common.broadcast.edge import chunk_header
+from common.broadcast.manifest import Manifest
+from common.broadcast.store import Sink, Store
+from common.broadcast.switchboard import Switchboard
+from common.buffers import BufferPool
+from common.errors import KaError
+from common.outbox import FilePayload
+
+__all__ = ["Depot", "reason_of"]
+
+PROMPT_S = 0.01
+"""A write that takes longer has blocked."""
+WARY_S = 1.0
+"""For this long writing is then left to the thread."""
+
+_log = log.get("ka.depot")
+
+
+class _Held:
+    """A chunk in memory, and how many still need it."""
+
+    __slots__ = ("count", "data", "written")
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.count = 1
+        self.written = False
+
+
+class Depot:
+    """One node's chunks."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        sink: Sink | None,
+        board: Switchboard,
+        work: trio.Nursery,
+    ) -> None:
+        self.sent_size = 0
+        """Bytes of chunks handed to connections."""
+        self._manifest = manifest
+        self._store = store
+        self._sink = sink
+        self._board = board
+        self._work = work
+        self._pool = BufferPool()
+        self._held: dict[int, _Held] = {}
+        self._waiting: list[int] = []
+        """Chunks to be written."""
+        self._wanted = trio.Event()
+        self._wary_until_s = 0.0
+        self._done: list[int] = []
+        self._failure = ""
+
+    # ------------------------------------------------------------ coming
+
+    def lend(self, size: int) -> memoryview:
+        return self._pool.take(size)
+
+    def give_back(self, data: memoryview) -> None:
+        self._pool.give(data)
+
+    def hold(self, chunk: int, data: memoryview) -> Callable[[], None]:
+        """Keep an intact chunk while the hop looks at it; call what is returned afterwards."""
+        held = _Held(data)
+        is_first = chunk not in self._held
+        if is_first:
+            self._held[chunk] = held
+
+        def looked_at() -> None:
+            if is_first and chunk not in self._waiting:
+                del self._held[chunk]  # the hop has it already, or wants it no more
+            self._let_go(held)
+
+        return looked_at
+
+    def write(self, chunk: int) -> None:
+        """Hand a chunk that is held to the sink; see `take_written`."""
+        assert self._sink is not None
+        held = self._held[chunk]
+        began_s = trio.current_time()
+        if self._waiting or not self._sink.is_prompt or began_s < self._wary_until_s:
+            held.count += 1
+            self._waiting.append(chunk)
+            self._wanted.set()
+            return
+        try:
+            self._done += self._sink.write([(chunk, held.data)])
+            held.written = True
+        except (OSError, KaError) as error:
+            self._failure = reason_of(error)
+        if trio.current_time() - began_s > PROMPT_S:
+            self._wary_until_s = trio.current_time() + WARY_S
+
+    def take_written(self) -> tuple[list[int], str]:
+        """Return the chunks that the sink has taken since, and why it has failed, if it has."""
+        found = self._done, self._failure
+        self._done, self._failure = [], ""
+        return found
+
+    def _let_go(self, held: _Held) -> None:
+        held.count -= 1
+        if not held.count:
+            self._pool.give(held.data)
+
+    # ------------------------------------------------------------ going
+
+    def send(self, peer: int, chunk: int) -> None:
+        """Send a chunk that this node has, from wherever that is cheapest."""
+        held = self._held.get(chunk)
+        size = self._manifest.extent(chunk)[1]
+        self.sent_size += size
+        if held is not None and not held.written:
+            self._send_held(peer, chunk, held)
+        elif (place := self._store.locate(chunk)) is not None:
+            frame = (self._header(chunk, size), FilePayload(*place, size, _nothing))
+            self._board.put(peer, frame)
+        elif held is not None:
+            self._send_held(peer, chunk, held)
+        else:
+            self._work.start_soon(self._send_read, peer, chunk)
+
+    def _header(self, chunk: int, size: int) -> bytes:
+        return chunk_header(self._manifest.transfer_id, chunk, size)
+
+    def _send_held(self, peer: int, chunk: int, held: _Held) -> None:
+        held.count += 1
+        frame = (self._header(chunk, len(held.data)), held.data)
+        self._board.put(peer, frame, lambda: self._let_go(held))
+
+    async def _send_read(self, peer: int, chunk: int) -> None:
+        size = self._manifest.extent(chunk)[1]
+        try:
+            data = await trio.to_thread.run_sync(self._store.read, chunk)
+        except (OSError, KaError) as error:
+            _log.error("chunk.unreadable", chunk=chunk, reason=reason_of(error))
+            data = b""
+        # What cannot be read goes out as zeros: the receiver's check tells, and the edge goes on.
+        frame = (self._header(chunk, size), data[:size].ljust(size, b"\0"))
+        self._board.put(peer, frame)
+        self._board.flush()
+
+    async def is_right(self, chunk: int) -> bool:
+        """Return whether the store still has what the manifest says."""
+        try:
+            data = await trio.to_thread.run_sync(self._store.read, chunk)
+        except (OSError, KaError):
+            return False
+        return self._manifest.verify(chunk, data)
+
+    # ------------------------------------------------------------ writing in the thread
+
+    async def run(self, written: Callable[[], None]) -> None:
+        """Write what waits, for ever; *written* is called when there is something to take."""
+        assert self._sink is not None
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            batch, self._waiting = self._waiting, []
+            items = [(chunk, self._held[chunk].data) for chunk in batch]
+            began_s = trio.current_time()
+            try:
+                self._done += await trio.to_thread.run_sync(self._sink.write, items)
+            except (OSError, KaError) as error:
+                self._failure = reason_of(error)
+            if trio.current_time() - began_s > PROMPT_S * len(items):
+                self._wary_until_s = trio.current_time() + WARY_S
+            for chunk in batch:
+                self._let_go(self._held.pop(chunk))
+            written()
+
+
+def reason_of(error: OSError | KaError) -> str:
+    """Return one line."""
+    if isinstance(error, KaError):
+        return str(error)
+    return error.strerror or str(error)
+
+
+def _nothing() -> None:
+    pass

@@ -1,0 +1,293 @@
+"""An edge: one connection between two hops, after the handshake.
+
+Messages of hops travel as NOTIFY frames, a chunk as the payload of its `Chunk` message, straight
+from the socket into the buffer that the owner lends.  The plan is asked for by REQUEST frames
+(`briefing`).  Nothing here waits for the owner: flow control is the hop's window.
+
+Receiving is synchronous (`drain`): a task calls it when the socket is readable; in the middle of a
+payload that is when a good part of it has come (SO_RCVLOWAT), which saves most of the wake-ups on
+a slow link.  So that the owner hears of bytes all the same, `poke` drains from a clock.
+
+Invariants
+  * frames leave in the order of `put`, whole; `release` is called once the bytes are not needed;
+  * a lent buffer is given back exactly once: `chunk_came`, or `chunk_lost` when the edge breaks;
+  * after `close` no method of the owner is called; after a break only `edge_broke`, once.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import trio
+
+from common.broadcast.wire import HOP, Chunk
+from common.errors import Code, KaError
+from common.framing import Frame, FrameReceiver, Kind, encode_frame
+from common.messages import Message, decode_error
+from common.outbox import Outbox, Part
+
+__all__ = ["Edge", "Owner", "chunk_header"]
+
+LOW_WATER_MAX = 256 * 1024
+"""Below the kernel's smallest limit for a receive buffer, so that it never waits for more."""
+SIZE_PER_TURN = 4 * 1024 * 1024
+"""A busy edge lets other tasks run after this much."""
+UNSENT_SIZE_MAX = 1024 * 1024 * 1024
+"""Far beyond all windows: a peer that makes us queue this much is out of its mind."""
+
+
+class Owner(Protocol):
+    """What an edge tells, always from its own tasks or from `poke`."""
+
+    def chunk_begins(self, edge: Edge, chunk: int, size: int) -> memoryview:
+        """Lend a buffer of exactly *size* bytes; raises KaError to break the edge."""
+
+    def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None: ...
+
+    def chunk_lost(self, data: memoryview) -> None:
+        """The rest of a chunk will not come."""
+
+    def message_came(self, edge: Edge, message: Message) -> None: ...
+
+    def request_came(self, edge: Edge, request_id: int, body: bytes) -> None: ...
+
+    def answer_came(self, edge: Edge, request_id: int, body: bytes, payload: bytes) -> None: ...
+
+    def bytes_came(self, edge: Edge) -> None:
+        """Part of a chunk was received."""
+
+    def bytes_left(self, edge: Edge) -> None:
+        """The kernel took some of what waited to be sent."""
+
+    def edge_broke(self, edge: Edge, reason: str) -> None: ...
+
+
+def chunk_header(transfer: bytes, chunk: int, size: int) -> bytes:
+    """Return what precedes the chunk's bytes."""
+    return encode_frame(Kind.NOTIFY, 0, HOP.encode(Chunk(transfer, chunk)), size)
+
+
+class Edge:
+    """One connection; `run` drives it."""
+
+    def __init__(
+        self, sock: socket.socket, receiver: FrameReceiver, owner: Owner, *, peer: int, life: bytes
+    ) -> None:
+        self.peer = peer
+        self.life = life
+        """Random, of the peer's process; empty for one that we have called ourselves."""
+        self.is_open = True
+        self._sock = sock
+        self._receiver = receiver
+        self._owner = owner
+        self._outbox = Outbox(sock)
+        self._releases: deque[tuple[int, Callable[[], None]]] = deque()
+        """Where in the outbox a buffer ends, and what to do when it has left."""
+        self._filled = trio.Event()
+        self._drained = trio.Event()
+        self._closed = trio.Event()
+        self._chunk = -1
+        self._payload: memoryview | None = None
+        self._answer: tuple[int, bytes] | None = None
+        self._low_water = 1
+
+    # ------------------------------------------------------------ sending
+
+    def put(self, parts: Sequence[Part], release: Callable[[], None] | None = None) -> None:
+        """Queue a frame; `flush` sends it."""
+        if not self.is_open:
+            if release is not None:
+                release()
+            return
+        self._outbox.put(parts)
+        if self._drained.is_set():
+            self._drained = trio.Event()
+        if release is not None:
+            self._releases.append((self._outbox.end, release))
+        if self._outbox.size > UNSENT_SIZE_MAX:
+            self.fail("the peer does not read")
+
+    def flush(self) -> None:
+        """Send as much as the kernel takes now; the rest follows by itself."""
+        if not self.is_open or not self._outbox:
+            return
+        before = self._outbox.size
+        try:
+            self._outbox.pump()
+        except BlockingIOError:
+            self._filled.set()
+        except OSError as error:
+            self.fail(error.strerror or str(error))
+            return
+        if self._outbox.size != before:
+            self._release(self._outbox.end - self._outbox.size)
+        if not self._outbox:
+            self._drained.set()
+
+    def _release(self, position: int) -> None:
+        while self._releases and self._releases[0][0] <= position:
+            self._releases.popleft()[1]()
+
+    # ------------------------------------------------------------ the tasks
+
+    async def run(self) -> None:
+        """Drive the edge until it is closed or breaks; owns the socket."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._write)
+                nursery.start_soon(self._read)
+                await self._closed.wait()
+                nursery.cancel_scope.cancel()
+        finally:
+            self.close()
+            self._sock.close()
+
+    async def _read(self) -> None:
+        while self.is_open:
+            if self._try_drain():
+                await trio.lowlevel.checkpoint()
+            elif self.is_open:
+                await trio.lowlevel.wait_readable(self._sock)
+
+    async def _write(self) -> None:
+        while self.is_open:
+            await self._filled.wait()
+            self._filled = trio.Event()
+            while self._outbox and self.is_open:
+                await trio.lowlevel.wait_writable(self._sock)
+                self.flush()
+                if self.is_open:
+                    self._owner.bytes_left(self)
+
+    async def finish(self) -> None:
+        """Send what waits, say that nothing follows, and give the peer a moment to hang up.
+
+        Were the socket closed with something unread in it, the peer might never see the end.
+        """
+        if self._outbox:
+            await self._drained.wait()
+        if self.is_open:
+            try:
+                self._sock.shutdown(socket.SHUT_WR)
+            except OSError:
+                return
+            await self._closed.wait()
+
+    def close(self) -> None:
+        """End it; the owner hears nothing any more."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        self._closed.set()
+        self._drained.set()
+        self._outbox.drop()
+        while self._releases:
+            self._releases.popleft()[1]()
+        if self._payload is not None:
+            self._receiver.discard_payload()
+            if self._answer is None:
+                self._owner.chunk_lost(self._payload)
+            self._payload = None
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)  # the peer hears now, not when `run` ends
+        except OSError:
+            pass  # it has gone already
+
+    def fail(self, reason: str) -> None:
+        """It broke, or the peer broke the rules."""
+        if self.is_open:
+            self.close()
+            self._owner.edge_broke(self, reason)
+
+    # ------------------------------------------------------------ receiving
+
+    def poke(self) -> None:
+        """Take what has come of a chunk, though it is less than is worth waking up for."""
+        if self.is_open and self._payload is not None:
+            self._try_drain()
+
+    def _try_drain(self) -> bool:
+        try:
+            return self._drain()
+        except KaError as error:
+            self.fail(str(error))
+        except OSError as error:
+            self.fail(error.strerror or str(error))
+        return False
+
+    def _drain(self) -> bool:
+        """Take what the socket has; return whether there may be more."""
+        receiver, taken = self._receiver, 0
+        came = False
+        while self.is_open and taken < SIZE_PER_TURN:
+            if receiver.payload_complete:
+                frame = receiver.next_frame()
+                if frame is not None:
+                    self._take(frame)
+                    continue
+            try:
+                count = self._sock.recv_into(receiver.want())
+            except BlockingIOError:
+                if came:
+                    self._owner.bytes_came(self)
+                self._set_low_water()
+                return False
+            if not count:
+                raise KaError(Code.UNREACHABLE, "the peer closed the connection")
+            receiver.got(count)
+            taken += count
+            if self._payload is not None:
+                came = True
+                if receiver.payload_complete:
+                    self._payload_came()
+                    came = False
+        return self.is_open
+
+    def _set_low_water(self) -> None:
+        """Be woken when a good part of the rest of a chunk is there."""
+        left = 1
+        if self._payload is not None and self.is_open:
+            left = max(1, min(LOW_WATER_MAX, len(self._receiver.want())))
+        if left != self._low_water and self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, left)
+            self._low_water = left
+
+    def _take(self, frame: Frame) -> None:
+        match frame.kind:
+            case Kind.NOTIFY:
+                message = HOP.decode(frame.body)
+                if type(message) is Chunk:
+                    size = frame.payload_size
+                    self._chunk = message.chunk
+                    self._begin(self._owner.chunk_begins(self, message.chunk, size))
+                elif frame.payload_size:
+                    raise KaError(Code.PROTOCOL, "a message with a payload that has none")
+                else:
+                    self._owner.message_came(self, message)
+            case Kind.REQUEST if not frame.payload_size:
+                self._owner.request_came(self, frame.request_id, frame.body)
+            case Kind.REPLY:
+                self._answer = frame.request_id, frame.body
+                self._begin(memoryview(bytearray(frame.payload_size)))
+            case Kind.ERROR:
+                raise KaError(Code.UNREACHABLE, f"the peer gave up: {decode_error(frame.body)}")
+            case _:
+                raise KaError(Code.PROTOCOL, f"unexpected {frame.kind.name} frame")
+
+    def _begin(self, target: memoryview) -> None:
+        self._payload = target
+        self._receiver.take_payload(target)
+        if self._receiver.payload_complete:
+            self._payload_came()
+
+    def _payload_came(self) -> None:
+        payload, self._payload = self._payload, None
+        assert payload is not None
+        if self._answer is not None:
+            (request_id, body), self._answer = self._answer, None
+            self._owner.answer_came(self, request_id, body, bytes(payload))
+        else:
+            self._owner.chunk_came(self, self._chunk, payload)

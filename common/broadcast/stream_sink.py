@@ -1,0 +1,205 @@
+"""Sinks for one run of bytes: a block device, and the standard input of a command.
+
+Both take images of one file only.  A device must be sent without leaving holes out: what it holds
+there would stay.  A command gets every byte once, in order, holes as zeros; the chunks are spooled
+in a nameless file as well, for other nodes to be fed from, and one counts as written when the
+command has taken it: so a slow command holds its own node back, and nobody else.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from common.broadcast import chunkset
+from common.broadcast.image import Content, Entry
+from common.broadcast.manifest import Manifest
+from common.errors import Code, KaError, from_errno
+
+__all__ = ["CommandSink", "DeviceSink"]
+
+ZEROS = bytes(1 << 20)
+
+
+class _FlatSink:
+    """Chunks in one open file, at the place that the content gives them."""
+
+    def __init__(self) -> None:
+        self._fd = -1
+        self._manifest: Manifest | None = None
+        self._content = Content(())
+
+    def _begin(self, manifest: Manifest, entries: Sequence[Entry]) -> Entry:
+        if len(entries) != 1 or entries[0].path:
+            raise KaError(Code.USAGE, "a directory can be written to a directory only")
+        self._manifest, self._content = manifest, Content(entries)
+        if self._content.size != manifest.size:
+            raise KaError(Code.PROTOCOL, "the table of files does not fit the manifest")
+        return entries[0]
+
+    def locate(self, chunk: int) -> tuple[int, int] | None:
+        assert self._manifest is not None
+        pieces = list(self._content.pieces(*self._manifest.extent(chunk)))
+        return (self._fd, pieces[0].offset) if len(pieces) == 1 else None
+
+    def read(self, chunk: int) -> bytes:
+        assert self._manifest is not None
+        pieces = self._content.pieces(*self._manifest.extent(chunk))
+        return b"".join(os.pread(self._fd, piece.length, piece.offset) for piece in pieces)
+
+    def _put(self, chunk: int, data: memoryview) -> None:
+        assert self._manifest is not None
+        for piece in self._content.pieces(*self._manifest.extent(chunk)):
+            offset, part = piece.offset, data[: piece.length]
+            data = data[piece.length :]
+            while part:
+                count = os.pwrite(self._fd, part, offset)
+                part = part[count:]
+                offset += count
+
+    def _wrong(self) -> list[int]:
+        """Return the chunks that are not there as they should be."""
+        assert self._manifest is not None
+        manifest = self._manifest
+        count = manifest.chunk_count
+        return [chunk for chunk in range(count) if not manifest.verify(chunk, self.read(chunk))]
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class DeviceSink(_FlatSink):
+    """A block device, or an existing file that is treated like one."""
+
+    is_prompt = True
+
+    def __init__(self, path: str | bytes) -> None:
+        super().__init__()
+        self._path = os.fsdecode(path)
+
+    def open(self, manifest: Manifest, entries: Sequence[Entry]) -> int:
+        entry = self._begin(manifest, entries)
+        if manifest.size != entry.size:
+            raise KaError(Code.USAGE, "an image for a device must be sent with its holes")
+        try:
+            exclusively = os.O_EXCL if stat.S_ISBLK(os.stat(self._path).st_mode) else 0
+            # The kernel refuses O_EXCL for a device that is mounted.
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | exclusively)
+            room = os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            reason = f"cannot write {self._path}: {error.strerror}"
+            raise KaError(from_errno(error.errno or 0), reason) from None
+        if room < entry.size:
+            raise KaError(Code.ENOSPC, f"{self._path} has {room} bytes, {entry.size} are needed")
+        return chunkset.full(manifest.chunk_count) & ~chunkset.from_indexes(self._wrong())
+
+    def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
+        for chunk, data in chunks:
+            self._put(chunk, data)
+        return [chunk for chunk, _ in chunks]
+
+    def verify(self) -> list[int]:
+        os.fsync(self._fd)
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)  # read the device, not memory
+        return self._wrong()
+
+    def abort(self) -> None:
+        """Nothing here waits for anything but the disk."""
+
+
+class CommandSink(_FlatSink):
+    """The standard input of a command, which is run without a shell."""
+
+    is_prompt = False
+
+    def __init__(self, command: Sequence[str], spool_directory: str | None = None) -> None:
+        super().__init__()
+        self._command = list(command)
+        self._spool_directory = spool_directory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._entry: Entry | None = None
+        self._spooled = 0
+        """A set of chunks."""
+        self._next = 0
+        """The chunk that the command gets next."""
+        self._position = 0
+        """Bytes that the command has had."""
+
+    def open(self, manifest: Manifest, entries: Sequence[Entry]) -> int:
+        self._entry = self._begin(manifest, entries)
+        try:
+            with tempfile.TemporaryFile(dir=self._spool_directory, prefix="ka-spool-") as spool:
+                self._fd = os.dup(spool.fileno())
+            with self._lock:
+                self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE)
+        except OSError as error:
+            reason = f"cannot run {self._command[0]}: {error.strerror}"
+            raise KaError(from_errno(error.errno or 0), reason) from None
+        return 0
+
+    def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
+        assert self._manifest is not None
+        for chunk, data in chunks:
+            self._put(chunk, data)
+            self._spooled |= 1 << chunk
+        taken = []
+        while self._spooled >> self._next & 1:
+            data = memoryview(self.read(self._next))
+            for piece in self._content.pieces(*self._manifest.extent(self._next)):
+                self._feed_zeros(piece.offset)
+                self._feed(data[: piece.length])
+                data = data[piece.length :]
+            taken.append(self._next)
+            self._next += 1
+        return taken
+
+    def verify(self) -> list[int]:
+        """The command has had everything: wait for its verdict."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        assert self._entry is not None
+        self._feed_zeros(self._entry.size)
+        self._process.stdin.close()
+        code = self._process.wait()
+        if code:
+            raise self._failure(code)
+        return []
+
+    def abort(self) -> None:
+        with self._lock:
+            if self._process is not None and self._process.poll() is None:
+                self._process.kill()
+
+    def close(self) -> None:
+        if self._process is not None:
+            self.abort()
+            if self._process.stdin is not None:
+                self._process.stdin.close()
+            self._process.wait()
+        super().close()
+
+    def _feed_zeros(self, until: int) -> None:
+        while self._position < until:
+            self._feed(memoryview(ZEROS)[: until - self._position])
+
+    def _feed(self, data: memoryview) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            while data:
+                count = os.write(self._process.stdin.fileno(), data)
+                data = data[count:]
+                self._position += count
+        except BrokenPipeError:
+            raise self._failure(self._process.wait()) from None
+
+    def _failure(self, code: int) -> KaError:
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with {code}"
+        return KaError(Code.EIO, f"{self._command[0]} {how}")

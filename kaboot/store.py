@@ -1,0 +1,299 @@
+"""What kaboot remembers: steps of nodes, machines seen, names learned, and every boot stage.
+
+One SQLite file, mode 0600, shared by the server and the commands.  Write-ahead logging with full
+syncs: what a call returned from is there after a kill or a loss of power.  Times are arguments.
+
+Invariants
+  * a change of a step and the event that tells of it are one transaction;
+  * the number of events and of unknown machines is bounded: a stranger with many MACs fills
+    nothing.
+
+Blocking: callers in trio go through a thread, one at a time.  Not here: what a step means.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import Code, KaError
+from kaboot.model import Assignment, Machine, Step
+
+__all__ = ["Event", "MachineRow", "Store"]
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+EVENTS_MAX = 500_000
+EVENTS_SLACK = 1000
+"""Old events are dropped this many at a time."""
+MACHINES_MAX = 20_000
+
+_SCHEMA = """
+CREATE TABLE assignment (
+    node TEXT PRIMARY KEY, step TEXT NOT NULL, profile TEXT NOT NULL, since_ns INTEGER NOT NULL
+) STRICT;
+CREATE TABLE machine (
+    mac TEXT PRIMARY KEY,
+    node TEXT,             -- its name, if it was learned
+    platform TEXT NOT NULL, arch TEXT NOT NULL, serial TEXT NOT NULL, product TEXT NOT NULL,
+    address TEXT NOT NULL, -- where it was last
+    stage TEXT NOT NULL, detail TEXT NOT NULL, -- its last event
+    first_ns INTEGER NOT NULL, last_ns INTEGER NOT NULL
+) STRICT;
+CREATE UNIQUE INDEX machine_node ON machine (node) WHERE node IS NOT NULL;
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at_ns INTEGER NOT NULL,
+    mac TEXT NOT NULL, node TEXT NOT NULL, stage TEXT NOT NULL, detail TEXT NOT NULL
+) STRICT;
+CREATE INDEX event_node ON event (node, id);
+CREATE TABLE learning (position INTEGER PRIMARY KEY, node TEXT NOT NULL UNIQUE) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One stage of a machine's boot, or a change of its step; `node` is empty for a stranger."""
+
+    id: int
+    at_ns: int
+    mac: str
+    node: str
+    stage: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class MachineRow:
+    """A machine that was seen: what it is, and where its last boot came to."""
+
+    machine: Machine
+    learned: str | None
+    stage: str
+    detail: str
+    first_ns: int
+    last_ns: int
+
+
+class Store:
+    """The open file.  Close it; a context manager does."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self._db = connection
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open the file, made if it is not there; raises KaError."""
+        try:
+            # Made by us first, so that it is private from its first byte on.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            connection = sqlite3.connect(
+                path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+        except (OSError, sqlite3.Error) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise KaError(Code.USAGE, f"{path}: cannot open: {reason}") from None
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            _ensure_schema(path, connection)
+        except sqlite3.Error as error:
+            connection.close()
+            raise KaError(Code.USAGE, f"{path}: not a store of kaboot: {error}") from None
+        except BaseException:
+            connection.close()
+            raise
+        return cls(path, connection)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def version(self) -> int:
+        """Return a number that changes when another process has written."""
+        (number,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(number)
+
+    # ------------------------------------------------------------ steps
+
+    def assignments(self) -> dict[str, tuple[Assignment, int]]:
+        """Return what nodes were assigned and when (ns); a node may be missing."""
+        rows = self._db.execute("SELECT node, step, profile, since_ns FROM assignment")
+        return {
+            node: (Assignment(Step(step), profile), since) for node, step, profile, since in rows
+        }
+
+    def assignment(self, node: str) -> Assignment | None:
+        row = self._db.execute(
+            "SELECT step, profile FROM assignment WHERE node = ?", (node,)
+        ).fetchone()
+        return None if row is None else Assignment(Step(row[0]), row[1])
+
+    def assign(
+        self, nodes: Sequence[str], assignment: Assignment, now_ns: int, *, why: str
+    ) -> None:
+        """Set the step of nodes, all of them or none."""
+        with self._transaction():
+            for node in nodes:
+                self._assign(node, assignment, now_ns, why)
+
+    def advance(
+        self, node: str, before: Assignment, assignment: Assignment, now_ns: int, *, why: str
+    ) -> bool:
+        """Set a node's step if it is still `before`; return whether it was.
+
+        `before` is also what a node without an assignment has by the inventory.
+        """
+        with self._transaction():
+            if (self.assignment(node) or before) != before:
+                return False
+            self._assign(node, assignment, now_ns, why)
+            return True
+
+    def _assign(self, node: str, assignment: Assignment, now_ns: int, why: str) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO assignment VALUES (?, ?, ?, ?)",
+            (node, assignment.step.value, assignment.profile, now_ns),
+        )
+        self._event(now_ns, "", node, "step", f"{assignment} ({why})")
+
+    # ------------------------------------------------------------ machines and events
+
+    def saw(self, machine: Machine, node: str, stage: str, detail: str, now_ns: int) -> None:
+        """Record a stage of a machine's boot; facts that are empty leave the old ones."""
+        with self._transaction():
+            self._event(now_ns, machine.mac, node, stage, detail)
+            (count,) = self._db.execute("SELECT count(*) FROM machine").fetchone()
+            if count >= MACHINES_MAX and not self._is_known(machine.mac):
+                return
+            self._db.execute(
+                """
+                INSERT INTO machine VALUES (?, NULL, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+                ON CONFLICT (mac) DO UPDATE SET
+                    platform = coalesce(nullif(excluded.platform, ''), platform),
+                    arch = coalesce(nullif(excluded.arch, ''), arch),
+                    serial = coalesce(nullif(excluded.serial, ''), serial),
+                    product = coalesce(nullif(excluded.product, ''), product),
+                    address = coalesce(nullif(excluded.address, ''), address),
+                    stage = excluded.stage, detail = excluded.detail, last_ns = excluded.last_ns
+                """,
+                (
+                    machine.mac, machine.platform, machine.arch, machine.serial, machine.product,
+                    machine.address, stage, detail, now_ns, now_ns,
+                ),
+            )  # fmt: skip
+
+    def machines(self) -> list[MachineRow]:
+        """Return the machines seen, in the order of their first appearance."""
+        rows = self._db.execute(
+            "SELECT mac, platform, arch, serial, product, address, node, stage, detail, first_ns,"
+            " last_ns FROM machine ORDER BY first_ns, mac"
+        )
+        return [MachineRow(Machine(*row[:6]), *row[6:]) for row in rows]
+
+    def mac_at(self, address: str) -> str | None:
+        """Return the machine that was last seen at an address."""
+        row = self._db.execute(
+            "SELECT mac FROM machine WHERE address = ? ORDER BY last_ns DESC LIMIT 1", (address,)
+        ).fetchone()
+        return None if row is None else str(row[0])
+
+    def events(self, *, after: int = 0, node: str = "", count: int = 1000) -> list[Event]:
+        """Return events with an id above `after`, oldest first; without it, the last `count`."""
+        order = "ASC" if after else "DESC"
+        rows = self._db.execute(
+            "SELECT id, at_ns, mac, node, stage, detail FROM event"
+            f" WHERE id > ? AND (? = '' OR node = ? OR mac = ?) ORDER BY id {order} LIMIT ?",
+            (after, node, node, node, count),
+        ).fetchall()
+        return [Event(*row) for row in sorted(rows)]
+
+    def _is_known(self, mac: str) -> bool:
+        return bool(self._db.execute("SELECT 1 FROM machine WHERE mac = ?", (mac,)).fetchone())
+
+    def _event(self, now_ns: int, mac: str, node: str, stage: str, detail: str) -> None:
+        cursor = self._db.execute(
+            "INSERT INTO event (at_ns, mac, node, stage, detail) VALUES (?, ?, ?, ?, ?)",
+            (now_ns, mac, node, stage, detail),
+        )
+        number = cursor.lastrowid or 0
+        if number % EVENTS_SLACK == 0:
+            self._db.execute("DELETE FROM event WHERE id <= ?", (number - EVENTS_MAX,))
+
+    # ------------------------------------------------------------ names
+
+    def learned(self) -> dict[str, str]:
+        """Return learned names: MAC to node."""
+        rows = self._db.execute("SELECT mac, node FROM machine WHERE node IS NOT NULL ORDER BY mac")
+        return dict(rows.fetchall())
+
+    def learn(self, mac: str, node: str, now_ns: int, *, why: str) -> bool:
+        """Give a machine that was seen its name, unless it or the name is taken meanwhile."""
+        with self._transaction():
+            taken = self._db.execute("SELECT 1 FROM machine WHERE node = ?", (node,)).fetchone()
+            if taken:
+                return False
+            cursor = self._db.execute(
+                "UPDATE machine SET node = ? WHERE mac = ? AND node IS NULL", (node, mac)
+            )
+            if cursor.rowcount == 0:
+                return False
+            self._db.execute("DELETE FROM learning WHERE node = ?", (node,))
+            self._db.execute("UPDATE event SET node = ? WHERE mac = ? AND node = ''", (node, mac))
+            self._event(now_ns, mac, node, "learned", why)
+            return True
+
+    def forget(self, names: Sequence[str]) -> list[str]:
+        """Undo learning, by node or MAC, and forget the machine; return the MACs forgotten."""
+        forgotten: list[str] = []
+        with self._transaction():
+            for name in names:
+                rows = self._db.execute(
+                    "DELETE FROM machine WHERE node = ? OR mac = ? RETURNING mac", (name, name)
+                )
+                forgotten += [mac for (mac,) in rows.fetchall()]
+        return forgotten
+
+    def queue(self) -> list[str]:
+        """Return the names that are given out next."""
+        return [row[0] for row in self._db.execute("SELECT node FROM learning ORDER BY position")]
+
+    def set_queue(self, names: Sequence[str]) -> None:
+        """Replace the names that are given out; none ends the learning."""
+        with self._transaction():
+            self._db.execute("DELETE FROM learning")
+            self._db.executemany("INSERT INTO learning VALUES (?, ?)", list(enumerate(names)))
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+
+def _ensure_schema(path: Path, connection: sqlite3.Connection) -> None:
+    """Make the tables of a new file; refuse one of another version."""
+    connection.execute("BEGIN IMMEDIATE")
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version == 0:
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    if version not in (0, SCHEMA_VERSION):
+        raise KaError(
+            Code.USAGE, f"{path}: format {version}; this kaboot reads {SCHEMA_VERSION} only"
+        )

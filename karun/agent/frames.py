@@ -1,0 +1,141 @@
+"""Frames between head, relays and agents, and the fields inside them.  Sans-I/O.
+
+    length u32 | kind u8 | rank u32 | payload
+
+`rank` is whom a frame that goes down is for (or ALL), and whom one that goes up is from; relays
+forward by it and read nothing else.  A payload is a row of fields, each a length and bytes;
+numbers are decimal.  Nothing in a frame is ever code.  Tables: docs/karun.md#the-wire.
+
+Invariants
+  * a frame longer than FRAME_SIZE_MAX is an error before its payload is held;
+  * `Decoder` gives whole frames only, whatever pieces the bytes come in.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HEADER = Struct("<IBI")
+_U32 = Struct("<I")
+FRAME_SIZE_MAX = 4 << 20
+"""An archive of some 10 KiB, a batch of nodes or 64 KiB of output: all far below."""
+
+ALL = 0xFFFFFFFF
+HEAD = 0xFFFFFFFE
+
+# Down: parent to child.
+SETUP = 1
+ORDER = 2
+ACK = 3
+WELCOME = 4
+REFUSE = 5
+RESYNC = 6
+CALL = 7
+QUIT = 8
+RECALL = 9
+# Up: child to parent.
+ATTACH = 16
+EVENT = 17
+# To the parent only.
+ASK = 20
+RETURN = 21
+SETTLED = 22
+CANNOT = 23
+# Between neighbours.
+PING = 30
+PROVE = 31
+CHALLENGE = 32
+ACCEPT = 33
+
+# What an ORDER says.
+COMMAND = 1
+INPUT = 2
+INPUT_END = 3
+SIGNAL = 4
+# What an EVENT tells.
+OUTPUT = 1
+EXITED = 2
+FAILED = 3
+LOST = 4
+CONSUMED = 5
+
+
+class FrameError(ValueError):
+    """The peer sent what no agent of this version sends."""
+
+
+def encode(kind: int, rank: int, payload: bytes = b"") -> bytes:
+    return HEADER.pack(len(payload), kind, rank) + payload
+
+
+def pack(*fields: bytes | str | int) -> bytes:
+    """Return fields as a payload; text is UTF-8 (with bytes that were none kept), int decimal."""
+    parts = []
+    for field in fields:
+        if isinstance(field, str):
+            field = field.encode("utf-8", "surrogateescape")
+        elif isinstance(field, int):
+            field = b"%d" % field
+        parts.append(_U32.pack(len(field)))
+        parts.append(field)
+    return b"".join(parts)
+
+
+def unpack(payload: bytes) -> list[bytes]:
+    """Return the fields of a payload; raises FrameError."""
+    fields = []
+    at, end = 0, len(payload)
+    while at < end:
+        if end - at < 4:
+            raise FrameError("a field is cut off")
+        (size,) = _U32.unpack_from(payload, at)
+        at += 4
+        if size > end - at:
+            raise FrameError("a field is longer than its frame")
+        fields.append(payload[at : at + size])
+        at += size
+    return fields
+
+
+def text(field: bytes) -> str:
+    return field.decode("utf-8", "surrogateescape")
+
+
+def number(field: bytes) -> int:
+    """Return a decimal field; raises FrameError."""
+    if not 0 < len(field) <= 20 or not field.lstrip(b"-").isdigit():
+        raise FrameError(f"not a number: {field[:20]!r}")
+    return int(field)
+
+
+class Decoder:
+    """Bytes in, frames out: (kind, rank, payload)."""
+
+    __slots__ = ("_buffer", "size_max")
+
+    def __init__(self, size_max: int = FRAME_SIZE_MAX) -> None:
+        self._buffer = bytearray()
+        self.size_max = size_max
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """Take bytes; yield the frames they complete; raises FrameError."""
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        try:
+            while len(buffer) - at >= 9:
+                size, kind, rank = HEADER.unpack_from(buffer, at)
+                if size > self.size_max:
+                    raise FrameError(f"a frame of {size} bytes")
+                if len(buffer) - at - 9 < size:
+                    break
+                at += 9
+                payload = bytes(buffer[at : at + size])
+                at += size
+                yield kind, rank, payload
+        finally:
+            del buffer[:at]

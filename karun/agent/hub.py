@@ -1,0 +1,260 @@
+"""The lower side of a node of the tree, agent or head: its children, and the ways down.
+
+Invariants
+  * a frame goes down the way on which its node attached last;
+  * a child that says nothing for `silence` is lost, unless we ourselves were asleep;
+  * a lost child is reported once, and not if it has come back on another connection;
+  * what comes up is passed on at once; when the way up is full, children are not read.
+"""
+
+from __future__ import annotations
+
+import os
+from _socket import AF_INET, AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SOCK_STREAM
+from _socket import socket as Socket
+
+from . import frames, proof
+from .channel import SILENCE_PINGS, Channel
+from .dialer import Dialer
+from .loop import READ, Loop, boot_id
+from .setup import ALWAYS, Dialling, Setup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .caller import Call
+
+STRANGERS_MAX = 64
+STRANGER_S = 5.0
+
+
+class Hub:
+    """Children and calls of one node."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        setup: Setup,
+        dialling: Dialling,
+        archive: bytes,
+        *,
+        up: Callable[[int, int, bytes], None],
+        tell_parent: Callable[[int, bytes], None],
+        lost: Callable[[int, str], None],
+        failed: Callable[[int, str, bytes, int], None],
+        local: bool,
+    ) -> None:
+        """*up(kind, rank, payload)* gets what comes from below for the head, *tell_parent(kind,
+        payload)* what is for the parent, *lost(rank, reason)* a child that had attached,
+        *failed(rank, "stage:reason", connector's words, wait status)* a node that is given up.
+        *local*: all nodes are on this machine, so nobody else need find the way back."""
+        self._loop = loop
+        self._setup = setup
+        self._local = local
+        self._up, self._lost = up, lost
+        self._routes: dict[int, Channel] = {}
+        self._forced = dialling.tree == ALWAYS
+        self._boot_id = boot_id()
+        self.dialer = Dialer(
+            loop, dialling, archive, is_head=setup.rank == frames.HEAD, connected=self.connected,
+            failed=failed, down=self.send, up=tell_parent,
+        )  # fmt: skip
+        self._strangers: dict[Channel, bytes] = {}
+        self._listener: Socket | None = None
+        self.children: set[Channel] = set()
+        self.ancestors: list[tuple[str, int]] = []
+        self._next_tick = loop.now + setup.ping_s
+        self._paused = False
+        self._port = 0
+        self._empty: Callable[[], None] | None = None
+        loop.at(setup.ping_s, self._tick)
+
+    def connected(self, call: Call, channel: Channel, early: bytes) -> None:
+        """A call has come through: set its agent up."""
+        self._listen()
+        mine = self._setup
+        setup = Setup(
+            mine.run_id, mine.token, call.rank, call.name, mine.size, mine.rank,
+            self.ancestors, mine.ping_s, mine.reattach_s,
+        )  # fmt: skip
+        channel.peer = call.rank
+        channel.send(frames.SETUP, call.rank, setup.encode())
+        self.children.add(channel)
+        channel.start(self._frame, self._closed, early)
+        if self._paused:
+            channel.pause(True)
+
+    # The ways down.
+
+    def send(self, rank: int, kind: int, payload: bytes) -> bool:
+        """Send to a node below; False: there is no way to it now."""
+        channel = self._routes.get(rank)
+        if channel is None:
+            return False
+        channel.send(kind, rank, payload)
+        return True
+
+    def broadcast(self, kind: int, payload: bytes) -> None:
+        data = frames.encode(kind, frames.ALL, payload)
+        for channel in list(self.children):
+            channel.send_raw(data)
+
+    def drop(self, rank: int) -> None:
+        """Forget the way to a node: the head has given it up."""
+        self._routes.pop(rank, None)
+
+    def pause(self, paused: bool) -> None:
+        """Stop reading what comes from below, or go on."""
+        if paused != self._paused:
+            self._paused = paused
+            for channel in list(self.children):
+                channel.pause(paused)
+
+    def _frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
+        if frames.ASK <= kind <= frames.CANNOT:
+            self.dialer.told(channel.peer, kind, payload)
+        elif kind == frames.EVENT:
+            self._up(kind, rank, payload)
+        elif kind == frames.ATTACH:
+            self._attached(channel, rank, payload)
+        else:
+            channel.close("protocol error: a child gives no orders")
+
+    def _attached(self, channel: Channel, rank: int, payload: bytes) -> None:
+        call = self.dialer.call_of(channel)
+        before = self._routes.get(rank)
+        self._routes[rank] = channel  # before it is given work
+        if call is not None and not self.dialer.attached(call, calls=self._can_call(payload)):
+            if before is not None:
+                self._routes[rank] = before
+            channel.close("another try was quicker")
+            return
+        if call is None and rank == channel.peer:
+            self.dialer.came(rank)
+        elif call is None:
+            self.dialer.seen(channel.peer, rank)
+        self._up(frames.ATTACH, rank, payload)
+
+    def _can_call(self, payload: bytes) -> bool:
+        """Whether a node would make the launch quicker: not if it shares this machine."""
+        return self._forced or frames.unpack(payload)[3:] != [self._boot_id]
+
+    def _closed(self, channel: Channel, reason: str) -> None:
+        self.children.discard(channel)
+        if self._empty is not None and not self.children:
+            self._empty()
+        call = self.dialer.call_of(channel)
+        if call is not None:
+            call.gone()
+            return
+        current = self._routes.get(channel.peer) is channel
+        for rank in [rank for rank, way in self._routes.items() if way is channel]:
+            del self._routes[rank]
+        if current:
+            self.dialer.lost(channel.peer)
+            self._lost(channel.peer, reason)
+
+    def _tick(self) -> None:
+        ping_s = self._setup.ping_s
+        late = self._loop.now - self._next_tick
+        for channel in [*self.children, *self._strangers]:
+            if late > ping_s or channel.paused:
+                channel.heard = self._loop.now
+            elif self._loop.now - channel.heard > SILENCE_PINGS * ping_s:
+                channel.close(f"no answer for {SILENCE_PINGS * ping_s:.0f} s")
+                continue
+            if self._loop.now - channel.sent >= ping_s and channel in self.children:
+                channel.send(frames.PING, 0)
+        self._next_tick = self._loop.now + ping_s
+        self._loop.at(ping_s, self._tick)
+
+    # Those who come back.
+
+    def _listen(self) -> None:
+        """Open the door for children of lost children, before the first child is set up."""
+        if self._listener is not None:
+            return
+        self._listener = listener = _listener(self._local)
+        listener.listen(STRANGERS_MAX)
+        listener.setblocking(False)
+        self._loop.watch(listener.fileno(), READ, self._knock)
+        self._port = listener.getsockname()[1]
+        self.moved()
+
+    def moved(self) -> None:
+        """This node has (new) ancestors: children called from now on are told of them."""
+        self.ancestors = [("", self._port), *self._setup.ancestors]
+
+    def _knock(self, _events: int) -> None:
+        assert self._listener is not None
+        try:
+            fd, _address = self._listener._accept()  # type: ignore[attr-defined]
+        except OSError:
+            return
+        if len(self._strangers) >= STRANGERS_MAX:
+            os.close(fd)
+            return
+        channel = Channel(self._loop, fd, fd, size_max=proof.UNPROVED_SIZE_MAX)
+        nonce = os.urandom(proof.NONCE_SIZE)
+        self._strangers[channel] = nonce
+        channel.start(self._stranger_frame, self._stranger_closed)
+        channel.send(frames.CHALLENGE, 0, frames.pack(nonce))
+        self._loop.at(STRANGER_S, lambda: self._still_strange(channel))
+
+    def _still_strange(self, channel: Channel) -> None:
+        if channel in self._strangers:
+            channel.close("did not prove itself")
+
+    def _stranger_closed(self, channel: Channel, _reason: str) -> None:
+        self._strangers.pop(channel, None)
+
+    def _stranger_frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
+        nonce = self._strangers[channel]
+        token = self._setup.token
+        theirs = None
+        if kind == frames.PROVE:
+            theirs = proof.proved(token, rank, nonce, payload)
+        if theirs is None:
+            channel.close("did not prove itself")
+            return
+        del self._strangers[channel]
+        channel.trust()
+        channel.peer = rank
+        channel.frame, channel.closed = self._frame, self._closed
+        self.children.add(channel)
+        answer = proof.accept(token, self._setup.rank, rank, nonce, theirs)
+        channel.send(frames.ACCEPT, rank, answer)
+        if self._paused:
+            channel.pause(True)
+
+    def when_empty(self, callback: Callable[[], None]) -> None:
+        """Call back when the last child is gone."""
+        self._empty = callback
+        if not self.children:
+            callback()
+
+    def close(self) -> None:
+        """End all calls and connections, without a word."""
+        if self._listener is not None:
+            self._loop.unwatch(self._listener.fileno())
+            self._listener.close()
+        self.dialer.stop()
+        for channel in [*self.children, *self._strangers]:
+            channel.close("stopped")
+
+
+def _listener(local: bool) -> Socket:
+    """Return a socket bound for both families where there are two, or for this machine only."""
+    if local:
+        listener = Socket(AF_INET, SOCK_STREAM)
+        listener.bind(("127.0.0.1", 0))
+        return listener
+    try:
+        listener = Socket(AF_INET6, SOCK_STREAM)
+        listener.setsockopt(IPPROTO_IPV6, IPV6_V6ONLY, 0)
+        listener.bind(("::", 0))
+    except OSError:
+        listener = Socket(AF_INET, SOCK_STREAM)
+        listener.bind(("", 0))
+    return listener

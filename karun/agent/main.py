@@ -1,0 +1,304 @@
+"""The agent: one node of a run.  Runs commands, passes frames on, calls further nodes.
+
+Concurrency: one thread, one loop; every method runs to its end before the next begins.
+
+Invariants
+  * what the head is told goes through `Member`, so it is told exactly once;
+  * without a way to the head for `reattach_s`, every command here and every agent below is ended;
+  * after QUIT nothing of the run is left on this node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from . import frames
+from .channel import SILENCE_PINGS, Channel
+from .keeper import Keeper
+from .loop import Loop, boot_id
+from .member import Member
+from .process import SIGKILL, Process
+from .setup import Dialling, Setup
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from .hub import Hub
+    from .rejoin import Rejoin
+
+SETUP_S = 60.0
+QUIT_S = 2.0
+HELD_SIZE_MAX = 1 << 20
+"""Of the way up: beyond it children are not read."""
+SILENT = "no answer"
+
+
+def main() -> None:
+    """Serve the parent on standard input and output until the run is over."""
+    null = os.open("/dev/null", os.O_RDWR)
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    for fd in (0, 1):
+        os.dup2(null, fd)
+    os.close(null)
+    try:
+        os.setsid()  # a terminal's hangup is not for us: the parent ends us, or nobody
+    except OSError:
+        pass
+    agent = Agent(read_fd, write_fd)
+    while True:
+        agent.loop.step(agent.loop.timeout())
+
+
+class Agent:
+    """This node."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self.loop = Loop()
+        self._up: Channel | None = Channel(self.loop, read_fd, write_fd)
+        self._setup: Setup | None = None
+        self._member = Member(0, os.urandom(8))
+        self._hub: Hub | None = None
+        self._keeper = Keeper(self.loop)
+        self._processes: dict[int, Process] = {}
+        self._rejoin: Rejoin | None = None
+        self._ending = False
+        self._next_tick = 0.0
+        self.loop.at(SETUP_S, self._never_set_up)
+        self._up.start(self._from_above, self._parent_lost)
+
+    def _never_set_up(self) -> None:
+        if self._setup is None:
+            os._exit(1)
+
+    def _begin(self, payload: bytes) -> None:
+        self._setup = setup = Setup.decode(payload)
+        host, port = setup.ancestors[0]
+        origin = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+        setup.ancestors[0] = (host or origin or "127.0.0.1", port)
+        self._member.rank = setup.rank
+        self._next_tick = self.loop.now + setup.ping_s
+        self.loop.at(setup.ping_s, self._tick)
+        self._attach()
+
+    # Up.
+
+    def _attach(self) -> None:
+        assert self._setup is not None
+        assert self._up is not None
+        self._up.send(
+            frames.ATTACH, self._setup.rank, self._member.attach(self._setup.parent, boot_id())
+        )
+
+    def _tell(self, kind: int, *parts: bytes | str | int) -> None:
+        payload = self._member.event(kind, *parts)
+        if payload is not None:
+            self._send_up(frames.EVENT, self._member.rank, payload)
+        self._pace()
+
+    def _pace(self) -> None:
+        """Read no more output than the head has taken, or go on."""
+        for process in list(self._processes.values()):
+            process.pause(self._member.full)
+
+    def _send_up(self, kind: int, rank: int, payload: bytes) -> None:
+        if self._up is None:
+            return  # whoever told it keeps it, and tells it again when asked to attach
+        self._up.send(kind, rank, payload)
+        if self._up is not None and self._up.held_size > HELD_SIZE_MAX and self._hub is not None:
+            self._up.drained = self._drained
+            self._hub.pause(True)
+
+    def _drained(self) -> None:
+        assert self._hub is not None
+        assert self._up is not None
+        self._up.drained = None
+        self._hub.pause(False)
+
+    def _child_lost(self, rank: int, reason: str) -> None:
+        self._tell(frames.LOST, rank, reason)
+
+    def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
+        self._tell(frames.FAILED, rank, reason, words, status)
+
+    def _tell_parent(self, kind: int, payload: bytes) -> None:
+        if self._up is not None:
+            self._up.send(kind, self._member.rank, payload)
+
+    # The way up is lost, and found.
+
+    def _tick(self) -> None:
+        assert self._setup is not None
+        ping_s = self._setup.ping_s
+        up, now = self._up, self.loop.now
+        if up is not None:
+            if now - self._next_tick > ping_s:
+                up.heard = now  # we slept; the parent may have spoken
+            elif now - up.heard > SILENCE_PINGS * ping_s:
+                up.close(SILENT)
+            elif now - up.sent >= ping_s:
+                up.send(frames.PING, 0)
+        self._next_tick = now + ping_s
+        self.loop.at(ping_s, self._tick)
+
+    def _parent_lost(self, _channel: Channel, reason: str) -> None:
+        self._up = None
+        if self._setup is None or self._ending:
+            os._exit(0)
+        if self._hub is not None:
+            self._hub.pause(False)
+        self._member.joined = False
+        from .rejoin import Rejoin
+
+        many = len(self._setup.ancestors) > 1
+        self._rejoin = Rejoin(
+            self.loop, self._setup, 1 if many and reason == SILENT else 0, self._parent_found
+        )
+        self.loop.at(self._setup.reattach_s, self._alone)
+
+    def _alone(self) -> None:
+        if self._up is None:
+            self._quit()
+
+    def _parent_found(self, channel: Channel, rank: int, index: int) -> None:
+        assert self._setup is not None
+        self._rejoin = None
+        self._up = channel
+        channel.frame, channel.closed = self._from_above, self._parent_lost
+        self._setup.parent = rank
+        self._setup.ancestors = self._setup.ancestors[index:]
+        if self._hub is not None:
+            self._hub.moved()
+            self._hub.broadcast(frames.RESYNC, b"")
+        self._attach()
+
+    # Down.
+
+    def _from_above(self, _channel: Channel, kind: int, rank: int, payload: bytes) -> None:
+        if self._setup is None:
+            if kind != frames.SETUP:
+                raise frames.FrameError("no setup")
+            self._begin(payload)
+            return
+        if rank == frames.ALL and self._hub is not None:
+            self._hub.broadcast(kind, payload)
+        if rank in (frames.ALL, self._setup.rank):
+            self._take(kind, payload)
+        elif self._hub is not None:
+            self._hub.send(rank, kind, payload)
+
+    def _take(self, kind: int, payload: bytes) -> None:
+        member = self._member
+        if kind == frames.ORDER:
+            order = member.order(payload)
+            if order is not None:
+                self._obey(*order)
+        elif kind == frames.ACK:
+            member.ack(frames.number(frames.unpack(payload)[0]))
+            self._pace()
+        elif kind == frames.WELCOME:
+            for event in member.welcome(payload):
+                self._send_up(frames.EVENT, member.rank, event)
+            self._pace()
+        elif kind == frames.RESYNC:
+            self._attach()
+        elif kind == frames.CALL:
+            self._call(payload)
+        elif kind == frames.RECALL and self._hub is not None:
+            self._hub.dialer.recalled()
+        elif kind == frames.QUIT or (kind == frames.REFUSE and member.refused(payload)):
+            self._quit()
+
+    def _obey(self, sequence: int, kind: int, fields: list[bytes]) -> None:
+        if kind == frames.COMMAND:
+            self._run(sequence, fields)
+            return
+        process = self._processes.get(frames.number(fields[0]))
+        if kind == frames.INPUT:
+            if process is not None:
+                process.write(fields[1])
+            else:
+                self._tell(frames.CONSUMED, fields[0], len(fields[1]))
+        elif process is not None and kind == frames.INPUT_END:
+            process.end_input()
+        elif process is not None and kind == frames.SIGNAL:
+            process.signal(frames.number(fields[1]))
+
+    def _run(self, command: int, fields: list[bytes]) -> None:
+        assert self._setup is not None
+        flags, limit_ms, cwd, words, settings, members = fields
+        if members and not _is_member(members, self._setup.rank):
+            return
+        env = dict(os.environ)
+        env["KARUN_RANK"] = str(self._setup.rank)
+        env["KARUN_SIZE"] = str(self._setup.size)
+        env["KARUN_NODE"] = self._setup.name
+        for setting in frames.unpack(settings):
+            name, _, value = frames.text(setting).partition("=")
+            env[name] = value
+        argv = [frames.text(word) for word in frames.unpack(words)]
+        if b"s" in flags:
+            argv = [os.environ.get("SHELL") or "/bin/sh", "-c", argv[0]]
+
+        def output(stream: int, data: bytes) -> None:
+            self._tell(frames.OUTPUT, command, stream, data)
+
+        def exited(code: int, signal: int) -> None:
+            del self._processes[command]
+            self._tell(frames.EXITED, command, code, signal)
+
+        process = Process(self.loop, self._keeper, output, exited)
+        process.consumed = lambda size: self._tell(frames.CONSUMED, command, size)
+        self._processes[command] = process
+        process.start(
+            argv, env, frames.text(cwd),
+            pty=b"p" in flags, fed=b"i" in flags, limit_s=frames.number(limit_ms) / 1000,
+        )  # fmt: skip
+
+    def _call(self, payload: bytes) -> None:
+        dialling, nodes, *times_us = frames.unpack(payload)
+        if self._hub is None:
+            self._become_relay(Dialling.decode(dialling))
+        assert self._hub is not None
+        fields = frames.unpack(nodes)
+        gap_s, ready_s, late_s = (frames.number(field) / 1e6 for field in times_us)
+        self._hub.dialer.take(
+            [
+                (frames.number(rank), frames.text(name))
+                for rank, name in zip(fields[::2], fields[1::2], strict=True)
+            ],
+            (gap_s, ready_s, late_s),
+        )
+
+    def _become_relay(self, dialling: Dialling) -> None:
+        # What only relays need is not loaded by leaves, which are the most.
+        import zlib
+
+        from .hub import Hub
+
+        assert self._setup is not None
+        with open(sys.path[0], "rb") as archive:
+            data = zlib.compress(archive.read(), 9)
+        self._hub = Hub(
+            self.loop, self._setup, dialling, data,
+            up=self._send_up, tell_parent=self._tell_parent, lost=self._child_lost,
+            failed=self._call_failed, local="SSH_CONNECTION" not in os.environ,
+        )  # fmt: skip
+
+    def _quit(self) -> None:
+        """End everything of this run on this node and below, then this agent."""
+        if self._ending:
+            return
+        self._ending = True
+        for process in list(self._processes.values()):
+            process.signal(SIGKILL)
+        if self._rejoin is not None:
+            self._rejoin.stop()
+        if self._hub is None:
+            os._exit(0)
+        self._hub.broadcast(frames.QUIT, b"")
+        self._hub.when_empty(lambda: os._exit(0))
+        self.loop.at(QUIT_S, lambda: os._exit(0))
+
+
+def _is_member(bits: bytes, rank: int) -> bool:
+    return rank >> 3 < len(bits) and bool(bits[rank >> 3] >> (rank & 7) & 1)

@@ -1,0 +1,97 @@
+"""One node's session with the head, whatever way through the tree it takes.  Sans-I/O.
+
+Connections break and relays die; this session does not.  Orders that come down are numbered for
+the whole run, events that go up are numbered for this node:
+
+  * an order is obeyed once, in its turn: one that was obeyed is passed over, one that comes too
+    early is passed over too, because the head sends all that are missing after each `attach`;
+  * an event is kept until the head has said that it has it (`ack`, `welcome`), and sent again
+    after an `attach`;
+  * nothing is obeyed before the head has welcomed this very incarnation, so that of two agents
+    started on one node (one by a relay that was thought dead) just one runs commands;
+  * `full` tells the caller to read no more output: WINDOW_SIZE bytes are not acknowledged.
+
+The head's side: karun/roster.py.
+"""
+
+from __future__ import annotations
+
+from . import frames
+
+WINDOW_SIZE = 256 << 10
+EVENT_COST = 64
+"""What an event counts beside its bytes, so that a flood of empty lines is bounded as well."""
+
+
+class Member:
+    """What this node has obeyed, and what it has told that may have to be told again."""
+
+    __slots__ = (
+        "_kept", "_kept_size", "_told", "applied", "incarnation", "joined", "rank",
+    )  # fmt: skip
+
+    def __init__(self, rank: int, incarnation: bytes) -> None:
+        self.rank = rank
+        self.incarnation = incarnation
+        self.applied = 0
+        self.joined = False
+        """Whether the head has answered the latest attach."""
+        self._told = 0
+        self._kept: list[tuple[int, int, tuple[bytes | str | int, ...]]] = []
+        self._kept_size = 0
+
+    @property
+    def full(self) -> bool:
+        return self._kept_size >= WINDOW_SIZE
+
+    def attach(self, parent: int, boot_id: bytes) -> bytes:
+        """Return what introduces this node, over a new way; nothing is told until welcomed."""
+        self.joined = False
+        return frames.pack(self.incarnation, self.applied, parent, boot_id)
+
+    def welcome(self, payload: bytes) -> list[bytes]:
+        """Take the head's answer; return the events that it lacks."""
+        incarnation, received = frames.unpack(payload)
+        if incarnation != self.incarnation:
+            return []
+        self.joined = True
+        self.ack(frames.number(received))
+        return [self._event(number, kind, parts) for number, kind, parts in self._kept]
+
+    def refused(self, payload: bytes) -> bool:
+        """Return whether it is this incarnation that the head does not want."""
+        return frames.unpack(payload)[0] == self.incarnation
+
+    def order(self, payload: bytes) -> tuple[int, int, list[bytes]] | None:
+        """Return number, kind and fields of an order that is to be obeyed now."""
+        if not self.joined:
+            return None
+        fields = frames.unpack(payload)
+        sequence = frames.number(fields[0])
+        if sequence != self.applied + 1:
+            return None
+        self.applied = sequence
+        return sequence, frames.number(fields[1]), fields[2:]
+
+    def event(self, kind: int, *parts: bytes | str | int) -> bytes | None:
+        """Keep an event; return what is to be sent now, if anything may be."""
+        self._told += 1
+        self._kept.append((self._told, kind, parts))
+        self._kept_size += _cost(parts)
+        return self._event(self._told, kind, parts) if self.joined else None
+
+    def ack(self, received: int) -> None:
+        """Forget the events up to this one."""
+        kept = self._kept
+        count = 0
+        while count < len(kept) and kept[count][0] <= received:
+            self._kept_size -= _cost(kept[count][2])
+            count += 1
+        del kept[:count]
+
+    def _event(self, number: int, kind: int, parts: tuple[bytes | str | int, ...]) -> bytes:
+        return frames.pack(number, self.applied, kind, *parts)
+
+
+def _cost(parts: tuple[bytes | str | int, ...]) -> int:
+    return EVENT_COST + sum(len(part) for part in parts if isinstance(part, bytes))

@@ -1,0 +1,275 @@
+"""A command on this node: started, fed, listened to, ended.  Its whole session ends with it.
+
+Invariants
+  * the command leads a session (and process group) of its own: a signal reaches all of it;
+  * should the agent be killed, its keeper kills the command (karun/agent/keeper.py);
+  * `exited` is called once, after the last `output`;
+  * all output that came before the end is told; what holds the pipes open after it (a daemon) is
+    waited for at most LINGER_S.
+"""
+
+from __future__ import annotations
+
+import os
+
+from .keeper import GUARD_S, Keeper
+from .loop import READ, WRITE, Loop, Timer
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+READ_SIZE = 64 << 10
+LINGER_S = 1.0
+KILL_S = 2.0
+"""Between SIGTERM and SIGKILL when a time limit has passed."""
+SIGKILL, SIGTERM = 9, 15
+OUT_OF_TIME = -1
+CODE_NOT_STARTED = 126
+CODE_NOT_FOUND = 127
+_DEFAULT_SIGNALS = (1, 2, 3, 13, 15, 25)
+"""Python ignores SIGPIPE and SIGXFSZ; what it starts must not inherit that."""
+
+
+class Process:
+    """One running command."""
+
+    __slots__ = (
+        "_exited", "_guarding", "_input", "_input_ended", "_input_fd", "_keeper", "_loop",
+        "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer", "consumed", "pid",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        loop: Loop,
+        keeper: Keeper,
+        output: Callable[[int, bytes], None],
+        exited: Callable[[int, int], None],
+    ) -> None:
+        """*exited* gets the exit code and the signal (0: none) that ended the command; code
+        OUT_OF_TIME after its time limit."""
+        self._loop, self._keeper = loop, keeper
+        self._guarding: Timer | None = None
+        self._output, self._exited = output, exited
+        self._outputs: dict[int, int] = {}
+        self._input: list[bytes] = []
+        self._input_fd = -1
+        self._input_ended = False
+        self._paused = False
+        self._status = -1
+        self._timed_out = False
+        self._timer: Timer | None = None
+        self.consumed: Callable[[int], None] = _ignore
+        self.pid = 0
+
+    def start(
+        self, argv: list[str], env: dict[str, str], cwd: str,
+        *, pty: bool, fed: bool, limit_s: float,
+    ) -> None:  # fmt: skip
+        """Start *argv*; what prevents it is told as the shell does, with code 126 or 127."""
+        try:
+            program = _find(argv[0], env.get("PATH", os.defpath), cwd)
+            self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed)
+        except OSError as error:
+            self._output(2, f"karun: {error.filename or argv[0]}: {error.strerror}\n".encode())
+            missing = isinstance(error, FileNotFoundError) and error.filename != cwd
+            self._end_input()
+            self._exited(CODE_NOT_FOUND if missing else CODE_NOT_STARTED, 0)
+            return
+        self._loop.reap(self.pid, self._ended)
+        self._guarding = self._loop.at(GUARD_S, lambda: self._keeper.guard(self.pid))
+        if limit_s > 0:
+            self._timer = self._loop.at(limit_s, self._out_of_time)
+
+    def write(self, data: bytes) -> None:
+        """Feed its standard input; `consumed` is called as it takes it, or cannot."""
+        if self._input_fd < 0:
+            self.consumed(len(data))
+            return
+        self._input.append(data)
+        if len(self._input) == 1:
+            self._feed(0)
+
+    def end_input(self) -> None:
+        self._input_ended = True
+        if not self._input:
+            self._end_input()
+
+    def signal(self, number: int) -> None:
+        if self._status < 0 and self.pid:
+            try:
+                os.killpg(self.pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass
+
+    def pause(self, paused: bool) -> None:
+        """Stop reading its output, or go on."""
+        if paused != self._paused:
+            self._paused = paused
+            for fd in self._outputs:
+                if paused:
+                    self._loop.unwatch(fd)
+                else:
+                    self._loop.watch(fd, READ, self._reader(fd))
+
+    def _spawn(
+        self, argv: list[str], env: dict[str, str], cwd: str, *, pty: bool, fed: bool
+    ) -> None:
+        null = os.open("/dev/null", os.O_RDWR)
+        theirs = [null]
+        back = os.open(".", os.O_RDONLY | os.O_DIRECTORY) if cwd else -1
+        try:
+            if pty:
+                actions = self._on_terminal(theirs)
+            else:
+                actions = self._on_pipes(theirs, null, fed)
+            if cwd:
+                os.chdir(cwd)
+            self.pid = os.posix_spawn(
+                argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS
+            )
+        except OSError:
+            for fd in self._outputs:
+                os.close(fd)
+            self._outputs.clear()
+            raise
+        finally:
+            if back >= 0:
+                os.fchdir(back)
+                os.close(back)
+            for fd in theirs:
+                os.close(fd)
+        for fd in {*self._outputs, self._input_fd} - {-1}:
+            os.set_blocking(fd, False)
+        for fd in self._outputs:
+            self._loop.watch(fd, READ, self._reader(fd))
+
+    def _on_pipes(self, theirs: list[int], null: int, fed: bool) -> list[tuple[Any, ...]]:
+        ends = [null]
+        if fed:
+            ends[0], self._input_fd = os.pipe()
+            theirs.append(ends[0])
+        for stream in (1, 2):
+            mine, end = os.pipe()
+            self._outputs[mine] = stream
+            theirs.append(end)
+            ends.append(end)
+        return [(os.POSIX_SPAWN_DUP2, end, target) for target, end in enumerate(ends)]
+
+    def _on_terminal(self, theirs: list[int]) -> list[tuple[Any, ...]]:
+        mine, terminal = os.openpty()
+        theirs.append(terminal)
+        self._outputs[mine] = 1
+        self._input_fd = os.dup(mine)
+        # A session leader that opens a terminal gets it as its controlling one.
+        opening = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(terminal), os.O_RDWR, 0)
+        return [opening, (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
+
+    def _reader(self, fd: int) -> Callable[[int], None]:
+        return lambda _events: self._read(fd)
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, READ_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:  # a terminal whose other end is closed
+            data = b""
+        if data:
+            self._output(self._outputs[fd], data)
+        else:
+            self._close_output(fd)
+            self._finish()
+
+    def _close_output(self, fd: int) -> None:
+        self._loop.unwatch(fd)
+        os.close(fd)
+        del self._outputs[fd]
+
+    def _feed(self, _events: int) -> None:
+        fd = self._input_fd
+        try:
+            while self._input:
+                count = os.write(fd, self._input[0])
+                if count < len(self._input[0]):
+                    self._input[0] = self._input[0][count:]
+                else:
+                    del self._input[0]
+                self.consumed(count)
+        except BlockingIOError:
+            self._loop.watch(fd, WRITE, self._feed)
+            return
+        except OSError:  # it reads no more
+            self._end_input()
+            return
+        self._loop.unwatch(fd)
+        if self._input_ended:
+            self._end_input()
+
+    def _end_input(self) -> None:
+        if self._input_fd >= 0:
+            self._loop.unwatch(self._input_fd)
+            os.close(self._input_fd)
+            self._input_fd = -1
+        unread, self._input = self._input, []
+        if unread:
+            self.consumed(sum(map(len, unread)))
+
+    def _out_of_time(self) -> None:
+        self._timed_out = True
+        self.signal(SIGTERM)
+        self._timer = self._loop.at(KILL_S, lambda: self.signal(SIGKILL))
+
+    def _ended(self, status: int) -> None:
+        self._status = status
+        if self._guarding is not None:
+            self._guarding.cancel()
+        self._keeper.release(self.pid)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._end_input()
+        self._finish()
+        if self._outputs:
+            self._timer = self._loop.at(LINGER_S, self._linger)
+
+    def _linger(self) -> None:
+        """Take what is there; whoever still holds the pipes is not waited for any longer."""
+        if self._paused:
+            self._timer = self._loop.at(LINGER_S, self._linger)
+            return
+        for fd in list(self._outputs):
+            self._read(fd)
+        for fd in list(self._outputs):
+            self._close_output(fd)
+        self._finish()
+
+    def _finish(self) -> None:
+        if self._status < 0 or self._outputs or not self.pid:
+            return
+        self.pid = 0
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._timed_out:
+            self._exited(OUT_OF_TIME, 0)
+        elif os.WIFSIGNALED(self._status):
+            self._exited(0, os.WTERMSIG(self._status))
+        else:
+            self._exited(os.WEXITSTATUS(self._status), 0)
+
+
+def _ignore(_size: int) -> None:
+    pass
+
+
+def _find(name: str, path: str, cwd: str) -> str:
+    """Return the program that a shell would run; raises FileNotFoundError."""
+    if "/" in name:
+        where = name if name.startswith("/") else os.path.join(cwd or ".", name)
+        os.stat(where)
+        return name
+    for directory in path.split(":"):
+        program = os.path.join(directory, name)
+        if os.access(program, os.X_OK) and os.path.isfile(program):
+            return program
+    raise FileNotFoundError(2, "command not found", name)

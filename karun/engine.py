@@ -1,0 +1,328 @@
+"""The head of a run: calls nodes, gives orders, hears events.  Everything but waiting.
+
+`Engine` owns the loop's descriptors and children; karun/api.py lets trio wait for it, and calls
+`step`.  Decisions about sessions are in karun/roster.py, about who calls whom in
+karun/launch_plan.py, about connections in karun/agent/hub.py.
+
+Invariants
+  * for every node of a command exactly one of `exited` and `failed` is told, after its output;
+  * a node is given up once: launched in vain, or lost and not back within `reattach_s`;
+  * standard input is taken only as fast as the slowest living node takes it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from karun import reasons
+from karun.agent import frames
+from karun.agent.hub import Hub
+from karun.agent.loop import Loop
+from karun.agent.process import OUT_OF_TIME, SIGKILL
+from karun.agent.setup import AUTO, Dialling, Setup
+from karun.archive import Archive
+from karun.connectors import Connector
+from karun.feed import Feed
+from karun.roster import Roster, State
+
+__all__ = ["Command", "Engine", "Limits", "Sink"]
+
+CONNECT_S = 15.0
+TIMEOUT = "timeout"
+RESYNC_S = 0.5
+BACK_MARGIN_S = 2.0
+"""A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
+
+
+class Sink(Protocol):
+    """Who is told what the nodes do.  Ranks count from 0, in the order of the nodes."""
+
+    def output(self, rank: int, stream: int, data: bytes) -> None:
+        """Bytes that a command wrote to standard output (1) or error (2)."""
+
+    def exited(self, rank: int, code: int, signal: int) -> None:
+        """A command has ended: its exit code, or the signal that ended it."""
+
+    def failed(self, rank: int, stage: str, reason: str) -> None:
+        """A node is out (stage connect, agent, lost), or its command was out of time (timeout)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times and numbers of a run."""
+
+    window: int = 64
+    """Calls at a time, of one caller."""
+    connect_s: float = CONNECT_S
+    """For TCP and the banner, as ssh counts it."""
+    login_s: float = 20.0
+    """More, for key exchange and login: a head that calls many is short of processor itself."""
+    ping_s: float = 2.0
+    """A neighbour that says nothing for four of these is lost."""
+    tree: str = AUTO
+    """Whether nodes call nodes: AUTO, ALWAYS, NEVER."""
+    reattach_s: float = 10.0
+    """How long a node that lost its parent looks for another way to the head."""
+
+
+class Command:
+    """A command on its way: who has not ended yet."""
+
+    def __init__(
+        self, number: int, ranks: Sequence[int], sink: Sink, feed: Feed | None, limit_s: float
+    ) -> None:
+        self.number = number
+        self.limit_s = limit_s
+        self.sink = sink
+        self.pending = set(ranks)
+        self.feed = feed
+        self.done: Callable[[], None] = _nothing
+
+
+class Engine:
+    """One run over *nodes*."""
+
+    def __init__(
+        self, nodes: Sequence[str], connector: Connector, archive: Archive, limits: Limits
+    ) -> None:
+        self.nodes = list(nodes)
+        self.loop = Loop()
+        self.roster = Roster(len(nodes))
+        self._limits = limits
+        self._commands: dict[int, Command] = {}
+        self._failures: dict[int, tuple[str, str]] = {}
+        self.launched: Callable[[], None] = _nothing
+        self.closed = False
+        setup = Setup(
+            secrets.token_hex(8), secrets.token_bytes(32), frames.HEAD, "", len(nodes),
+            frames.HEAD, [], limits.ping_s, limits.reattach_s,
+        )  # fmt: skip
+        dialling = Dialling(
+            list(connector.argv),
+            lined=connector.lined,
+            python=connector.python,
+            loader=archive.loader,
+            digest=archive.digest,
+            connect_s=limits.connect_s + limits.login_s,
+            window=limits.window,
+            tree=limits.tree,
+        )
+        self._hub = Hub(
+            self.loop, setup, dialling, archive.data,
+            up=self._from_below, tell_parent=_no_parent, lost=self._child_lost,
+            failed=self._call_failed, local=connector.onehost,
+        )  # fmt: skip
+
+    # What the user of a run asks.
+
+    def launch(self) -> None:
+        """Begin to call every node."""
+        self._hub.dialer.take(list(enumerate(self.nodes)))
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no node is connected any more."""
+        return not self._hub.children
+
+    def step(self) -> None:
+        """Handle what is ready; never waits."""
+        self.loop.step(0)
+
+    @property
+    def launching_count(self) -> int:
+        """How many nodes are neither there nor given up."""
+        return sum(1 for _ in self.roster.in_state(State.ABSENT))
+
+    def command(
+        self,
+        argv: Sequence[str],
+        sink: Sink,
+        *,
+        ranks: Sequence[int] | None = None,
+        line: bool = False,
+        pty: bool = False,
+        fed: bool = False,
+        limit_s: float = 0.0,
+        cwd: str = "",
+        env: Sequence[str] = (),
+    ) -> Command:
+        """Order a command on all nodes, or on these; nodes that are out are told to the sink."""
+        chosen = list(range(self.roster.size) if ranks is None else ranks)
+        flags = ("s" if line else "") + ("p" if pty else "") + ("i" if fed else "")
+        number, order = self.roster.order(
+            frames.COMMAND, flags, int(limit_s * 1000), cwd, frames.pack(*argv),
+            frames.pack(*env), b"" if ranks is None else _bits(chosen),
+        )  # fmt: skip
+        feed = Feed(chosen) if fed else None
+        command = Command(number, chosen, sink, feed, limit_s)
+        self._commands[number] = command
+        self._hub.broadcast(frames.ORDER, order)
+        for rank in chosen:
+            if rank in self._failures:
+                self._told_failed(command, rank)
+        return command
+
+    def feed(self, command: Command, data: bytes) -> None:
+        """Send standard input to all; see `Feed.room` for when."""
+        assert command.feed is not None
+        command.feed.sent(len(data))
+        self._order(frames.INPUT, command.number, data)
+
+    def end_input(self, command: Command) -> None:
+        self._order(frames.INPUT_END, command.number)
+
+    def signal(self, command: Command, number: int) -> None:
+        """Send a signal to the command's processes on all nodes."""
+        self._order(frames.SIGNAL, command.number, number)
+
+    def abandon(self, command: Command) -> None:
+        """Kill a command everywhere, and hear no more of it."""
+        self.signal(command, SIGKILL)
+        self._commands.pop(command.number, None)
+
+    def pause(self, paused: bool) -> None:
+        """Take nothing more from the nodes, or go on."""
+        self._hub.pause(paused)
+
+    def quit(self) -> None:
+        """End every process and agent of the run; `close` must follow."""
+        self._hub.broadcast(frames.QUIT, b"")
+
+    def close(self) -> None:
+        """Drop all connections and calls."""
+        self.closed = True
+        self._hub.close()
+        self.loop.close()
+
+    # What comes up.
+
+    def _order(self, kind: int, *fields: bytes | str | int) -> None:
+        _number, payload = self.roster.order(kind, *fields)
+        self._hub.broadcast(frames.ORDER, payload)
+
+    def _known(self, field: bytes) -> int:
+        rank = frames.number(field)
+        if not 0 <= rank < self.roster.size:
+            raise frames.FrameError(f"no node has rank {rank}")
+        return rank
+
+    def _from_below(self, kind: int, rank: int, payload: bytes) -> None:
+        if not 0 <= rank < self.roster.size:
+            raise frames.FrameError(f"no node has rank {rank}")
+        if kind == frames.ATTACH:
+            self._attached(rank, payload)
+            return
+        event = self.roster.event(rank, payload)
+        if event is None:
+            return
+        self._event(rank, *event)
+        ack = self.roster.ack_due(rank)
+        if ack is not None:
+            self._hub.send(rank, frames.ACK, ack)
+
+    def _attached(self, rank: int, payload: bytes) -> None:
+        first = self.roster.states[rank] is State.ABSENT
+        welcome, answer, orders = self.roster.attach(rank, payload)
+        if not welcome:
+            self._hub.send(rank, frames.REFUSE, answer)
+            # The way to the node that was welcome now leads to the one that is not.
+            self.loop.at(RESYNC_S, lambda: self._hub.broadcast(frames.RESYNC, b""))
+            return
+        self._hub.send(rank, frames.WELCOME, answer)
+        for order in orders:
+            self._hub.send(rank, frames.ORDER, order)
+        if first:
+            self._check_launched()
+
+    def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
+        if kind == frames.LOST:
+            child = self._known(fields[0])
+            self._lost(child, rank, frames.text(fields[1]))
+        elif kind == frames.FAILED:
+            child = self._known(fields[0])
+            reason, words = frames.text(fields[1]), fields[2]
+            self._call_failed(child, reason, words, frames.number(fields[3]))
+        else:
+            command = self._commands.get(frames.number(fields[0]))
+            if command is not None and rank in command.pending:
+                self._command_event(command, rank, kind, fields)
+
+    def _command_event(self, command: Command, rank: int, kind: int, fields: list[bytes]) -> None:
+        if kind == frames.OUTPUT:
+            command.sink.output(rank, frames.number(fields[1]), fields[2])
+        elif kind == frames.CONSUMED and command.feed is not None:
+            command.feed.consumed(rank, frames.number(fields[1]))
+        elif kind == frames.EXITED:
+            code = frames.number(fields[1])
+            if code == OUT_OF_TIME:
+                command.sink.failed(rank, TIMEOUT, f"after {command.limit_s:g} s")
+            else:
+                command.sink.exited(rank, code, frames.number(fields[2]))
+            self._settled(command, rank)
+
+    def _settled(self, command: Command, rank: int) -> None:
+        command.pending.discard(rank)
+        if command.feed is not None:
+            command.feed.gone(rank)
+        if not command.pending and command.number in self._commands:
+            del self._commands[command.number]
+            command.done()
+
+    # What goes wrong.
+
+    def _child_lost(self, rank: int, reason: str) -> None:
+        self._lost(rank, frames.HEAD, reason)
+
+    def _lost(self, rank: int, parent: int, reason: str) -> None:
+        ranks = self.roster.lost(rank, parent)
+        if ranks:
+            wait_s = self._limits.reattach_s + BACK_MARGIN_S
+            self.loop.at(wait_s, lambda: self._give_up(ranks, rank, reason))
+
+    def _give_up(self, ranks: list[int], through: int, reason: str) -> None:
+        for rank in ranks:
+            if self.roster.states[rank] is State.DETACHED:
+                below = "" if rank == through else f", with {self.nodes[through]}"
+                self._fail(rank, "lost", f"lost{below}: {reason}")
+
+    def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
+        if self.roster.states[rank] is not State.ABSENT:
+            return
+        code = os.waitstatus_to_exitcode(status) if status >= 0 else None
+        self._fail(rank, reason.partition(":")[0], reasons.explain(reason, words, code))
+
+    def _fail(self, rank: int, stage: str, reason: str) -> None:
+        self.roster.fail(rank)
+        self._hub.drop(rank)
+        self._failures[rank] = (stage, reason)
+        for command in list(self._commands.values()):
+            if rank in command.pending:
+                self._told_failed(command, rank)
+        self._check_launched()
+
+    def _told_failed(self, command: Command, rank: int) -> None:
+        command.sink.failed(rank, *self._failures[rank])
+        self._settled(command, rank)
+
+    def _check_launched(self) -> None:
+        if not self.launching_count:
+            self.launched()
+
+
+def _bits(ranks: Sequence[int]) -> bytes:
+    bits = bytearray(max(ranks, default=0) // 8 + 1)
+    for rank in ranks:
+        bits[rank >> 3] |= 1 << (rank & 7)
+    return bytes(bits)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _no_parent(_kind: int, _payload: bytes) -> None:
+    raise AssertionError("the head has no parent")

@@ -1,0 +1,92 @@
+"""The options of `karun run` that say what runs and how it is printed; with a session or without.
+
+Light to import: a command in a session takes some tens of milliseconds in all, and loading trio and
+click takes longer than that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from karun.lines import STDERR, STDOUT
+from karun.naming import Folding
+from karun.output import Form, Printer, Style, make_printer, wants_colour
+from karun.sinks import NodeFiles, Terminal
+
+__all__ = ["TERMINAL", "Options", "printing"]
+
+TERMINAL = Terminal()
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options, as the command line has them."""
+
+    command: tuple[str, ...]
+    gather: bool = False
+    gather_all: bool = False
+    by_line: bool = False
+    no_label: bool = False
+    diff: bool = False
+    as_json: bool = False
+    outdir: str | None = None
+    errdir: str | None = None
+    highest: bool = False
+    no_stdin: bool = False
+    quiet: bool = False
+    limit_s: float = 0.0
+    cwd: str = ""
+    env: tuple[str, ...] = ()
+    sudo: bool = False
+    pty: bool = False
+
+    def style(self) -> Style:
+        """Return what is said of output."""
+        form = Form.LABELLED
+        if self.as_json:
+            form = Form.JSON
+        elif self.gather_all:
+            form = Form.GATHERED_ALL
+        elif self.gather or self.diff:
+            form = Form.GATHERED
+        elif self.outdir:
+            form = Form.SILENT
+        return Style(
+            form=form,
+            by_line=self.by_line,
+            diff=self.diff,
+            label=not self.no_label,
+            highest=self.highest,
+            quiet=self.quiet,
+            colour_out=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDOUT)),
+            colour_err=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDERR)),
+        )
+
+    def words(self) -> tuple[list[str], bool]:
+        """Return the command's words, and whether the only one is a line for a shell."""
+        words = list(self.command)
+        line = len(words) == 1 and any(character in words[0] for character in " \t\n;|&<>$`")
+        if self.sudo and line:
+            return ["sudo", "-n", "--", "sh", "-c", words[0]], False
+        return (["sudo", "-n", "--", *words] if self.sudo else words), line
+
+
+@contextmanager
+def printing(options: Options, names: Folding) -> Iterator[Printer]:
+    """Give the printer that the options ask for, with its files; raises KaError."""
+    files = None
+    if options.outdir or options.errdir:
+        files = NodeFiles(
+            [names[rank] for rank in range(len(names))],
+            Path(options.outdir) if options.outdir else None,
+            Path(options.errdir) if options.errdir else None,
+        )
+    try:
+        yield make_printer(names, TERMINAL, options.style(), files.append if files else None)
+    finally:
+        if files:
+            files.close()

@@ -1,0 +1,154 @@
+"""The head's side of every node's session: who is there, what each has obeyed and told.  Pure.
+
+The counterpart of karun/agent/member.py.  One log of orders serves all nodes; a node that attaches
+gets what it lacks of it, which is how a command reaches a node that has just joined, and one that
+lost its relay.
+
+Invariants
+  * the first incarnation of a node that attaches is the node; another one is refused;
+  * an event counts once, in its turn, whatever way and how often it comes;
+  * an order is kept until every node that may still attach has obeyed it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Iterator
+
+from karun.agent import frames
+from karun.agent.member import EVENT_COST, WINDOW_SIZE
+
+__all__ = ["Event", "Roster", "State"]
+
+ACK_SIZE = WINDOW_SIZE // 4
+_TRIM_COUNT = 64
+_FIELD_COUNTS = {
+    frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 2, frames.CONSUMED: 2,
+}  # fmt: skip
+
+Event = tuple[int, list[bytes]]
+
+
+class State(enum.Enum):
+    """What the head knows of a node."""
+
+    ABSENT = "not there yet"
+    JOINED = "attached"
+    DETACHED = "lost its way, may come back"
+    FAILED = "given up"
+
+
+class Roster:
+    """All nodes of a run, by rank."""
+
+    def __init__(self, size: int) -> None:
+        self.states = [State.ABSENT] * size
+        self.parents = [frames.HEAD] * size
+        self._incarnations = [b""] * size
+        self._boot_ids = [b""] * size
+        self._applied = [0] * size
+        self._received = [0] * size
+        self._unacked = [0] * size
+        self._log: list[bytes] = []
+        self._log_base = 0
+        """How many orders have been dropped from the front of the log."""
+
+    @property
+    def size(self) -> int:
+        return len(self.states)
+
+    def boot_id(self, rank: int) -> bytes:
+        return self._boot_ids[rank]
+
+    def order(self, kind: int, *fields: bytes | str | int) -> tuple[int, bytes]:
+        """Number an order and keep it; return its number and what is to be broadcast."""
+        number = self._log_base + len(self._log) + 1
+        payload = frames.pack(number, kind, *fields)
+        self._log.append(payload)
+        if len(self._log) % _TRIM_COUNT == 0:
+            self._trim()
+        return number, payload
+
+    def attach(self, rank: int, payload: bytes) -> tuple[bool, bytes, list[bytes]]:
+        """Return whether the node is welcome, what to answer, and the orders that it lacks."""
+        fields = frames.unpack(payload)
+        if len(fields) != 4:
+            raise frames.FrameError("not what introduces a node")
+        incarnation, applied, parent, boot_id = fields
+        known = self._incarnations[rank]
+        if self.states[rank] is State.FAILED or (known and known != incarnation):
+            return False, frames.pack(incarnation), []
+        self.states[rank] = State.JOINED
+        self._incarnations[rank] = incarnation
+        self._boot_ids[rank] = boot_id
+        self.parents[rank] = frames.number(parent)
+        self._applied[rank] = obeyed = frames.number(applied)
+        answer = frames.pack(incarnation, self._received[rank])
+        return True, answer, self._log[max(0, obeyed - self._log_base) :]
+
+    def event(self, rank: int, payload: bytes) -> Event | None:
+        """Return kind and fields of an event that is news."""
+        fields = frames.unpack(payload)
+        if len(fields) < 3:
+            raise frames.FrameError("an event without its number")
+        number = frames.number(fields[0])
+        if number != self._received[rank] + 1 or self.states[rank] is State.FAILED:
+            return None
+        self._received[rank] = number
+        self._applied[rank] = frames.number(fields[1])
+        self._unacked[rank] += EVENT_COST + len(payload)
+        kind = frames.number(fields[2])
+        if _FIELD_COUNTS.get(kind) != len(fields) - 3:
+            raise frames.FrameError(f"an event of kind {kind} with {len(fields) - 3} fields")
+        return kind, fields[3:]
+
+    def ack_due(self, rank: int) -> bytes | None:
+        """Return the acknowledgement that is due, if one is."""
+        if self._unacked[rank] < ACK_SIZE:
+            return None
+        self._unacked[rank] = 0
+        return frames.pack(self._received[rank])
+
+    def lost(self, rank: int, parent: int) -> list[int]:
+        """A parent misses a child; return the nodes that have thereby lost their way.
+
+        Nothing is lost if the child, or its children, have found another parent meanwhile.
+        """
+        if self.parents[rank] != parent or self.states[rank] is not State.JOINED:
+            return []
+        found = list(self.below(rank))
+        for one in found:
+            self.states[one] = State.DETACHED
+        return found
+
+    def below(self, rank: int) -> Iterator[int]:
+        """Yield a node and the joined nodes that reach the head through it."""
+        children: dict[int, list[int]] = {}
+        for one, parent in enumerate(self.parents):
+            if self.states[one] is State.JOINED and parent != frames.HEAD:
+                children.setdefault(parent, []).append(one)
+        queue = [rank]
+        while queue:
+            one = queue.pop()
+            yield one
+            queue.extend(children.pop(one, ()))
+
+    def fail(self, rank: int) -> None:
+        """Give a node up: it is refused from now on."""
+        self.states[rank] = State.FAILED
+
+    def in_state(self, state: State) -> Iterable[int]:
+        return (rank for rank, one in enumerate(self.states) if one is state)
+
+    def _trim(self) -> None:
+        needed = min(
+            (
+                applied
+                for applied, state in zip(self._applied, self.states, strict=True)
+                if state is not State.FAILED
+            ),
+            default=self._log_base + len(self._log),
+        )
+        if needed > self._log_base:
+            del self._log[: needed - self._log_base]
+            self._log_base = needed

@@ -1,0 +1,166 @@
+"""What `karun run` does with its options: a `Run`, a printer, standard input, interruptions.
+
+Ctrl-C on a terminal: once says who is being waited for, twice stops everything.  Without a
+terminal once is enough.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import trio
+
+from karun import api, nodes
+from karun.engine import Limits
+from karun.feed import CHUNK_SIZE
+from karun.lines import STDERR
+from karun.options import TERMINAL, Options, printing
+from karun.output import Printer
+from karun.progress import Progress, StatusLine
+
+__all__ = ["Where", "main"]
+
+EXIT_INTERRUPTED = 130
+AGAIN_S = 3.0
+DRAW_S = 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """The options of `karun run` and `karun session start` that say which nodes, and how."""
+
+    nodes: tuple[str, ...]
+    excluded: tuple[str, ...]
+    groups: tuple[str, ...]
+    everyone: bool
+    hostfiles: tuple[str, ...]
+    via: str
+    ssh_config: str | None
+    no_fast_ssh: bool
+    user: str | None
+    fanout: int
+    tree: str
+    connect_s: float
+
+    def names(self) -> list[str]:
+        """Return the nodes; raises KaError USAGE."""
+        return nodes.select(
+            self.nodes,
+            exclude=self.excluded,
+            in_groups=self.groups,
+            hostfiles=self.hostfiles,
+            everyone=self.everyone,
+        )
+
+    def run(self, names: list[str]) -> api.Run:
+        """Return the run over these nodes, not yet entered."""
+        connector = api.connector(
+            self.via,
+            user=self.user,
+            ssh_config=self.ssh_config,
+            connect_s=self.connect_s,
+            fast_ssh=not self.no_fast_ssh,
+            sample=names[0],
+        )
+        limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
+        return api.Run(names, connector, limits=limits)
+
+
+def main(where: Where, options: Options) -> int:
+    """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
+    names = where.names()
+    with printing(options, nodes.Names(names)) as printer:
+        try:
+            return trio.run(_run, where.run(names), options, printer)
+        except BaseExceptionGroup as group:
+            raise api.alone(group) from None
+
+
+class _Prints:
+    """A printer as the sink of a run."""
+
+    def __init__(self, printer: Printer, reader_gone: Callable[[], None]) -> None:
+        """*reader_gone* is called when nobody reads what is printed (`| head`)."""
+        self._printer = printer
+        self._reader_gone = reader_gone
+        self.exited = printer.exited
+
+    def output(self, rank: int, stream: int, data: bytes) -> None:
+        self._printer.output(rank, stream, data)
+        if not TERMINAL.has_reader:
+            self._reader_gone()
+
+    def failed(self, rank: int, stage: str, reason: str) -> None:
+        self._printer.failed(rank, reason, stage)
+
+
+async def _run(run: api.Run, options: Options, printer: Printer) -> int:
+    argv, line = options.words()
+    ended = False
+    progress = Progress(nodes.Names(run.nodes), printer.results)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_interruptions, progress, nursery.cancel_scope)
+        if os.isatty(STDERR):
+            nursery.start_soon(_draw, progress)
+        async with run:
+            await run.command(
+                argv,
+                sink=_Prints(printer, nursery.cancel_scope.cancel),
+                stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(progress),
+                line=line,
+                pty=options.pty,
+                cwd=options.cwd,
+                env=dict(setting.partition("=")[::2] for setting in options.env),
+                limit_s=options.limit_s,
+            )
+            ended = True
+        nursery.cancel_scope.cancel()
+    code = printer.finish()
+    return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
+
+
+async def _stdin(progress: Progress) -> AsyncIterator[bytes]:
+    """Yield standard input; in a thread, because a file is never "not ready"."""
+    while data := await trio.to_thread.run_sync(os.read, 0, CHUNK_SIZE, abandon_on_cancel=True):
+        yield data
+        progress.sent_size += len(data)
+
+
+async def _draw(progress: Progress) -> None:
+    """Keep a status line at the foot of the terminal, until cancelled."""
+    started = trio.current_time()
+    columns = shutil.get_terminal_size().columns
+    line = StatusLine(_to_terminal, started=started, columns=columns)
+    TERMINAL.before = line.clear
+    try:
+        while True:
+            await trio.sleep(DRAW_S)
+            now = trio.current_time()
+            line.update(now, progress.line(now - started))
+    finally:
+        line.clear()
+        TERMINAL.before = None
+
+
+def _to_terminal(data: bytes) -> None:
+    os.write(STDERR, data)
+
+
+async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
+    started = trio.current_time()
+    last = -AGAIN_S
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            now = trio.current_time()
+            if number == signal.SIGTERM or not sys.stderr.isatty() or now - last < AGAIN_S:
+                scope.cancel()
+                return
+            last = now
+            for line in progress.status(now - started):
+                TERMINAL.write(STDERR, line.encode() + b"\n")
+            TERMINAL.write(STDERR, b"karun: ^C again stops everything\n")

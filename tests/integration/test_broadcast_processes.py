@@ -1,0 +1,124 @@
+"""Laws of a transfer between processes that are killed, stopped, started again, or out of space."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.broadcast.node import HopOptions
+from common.broadcast.topology import Kind
+from tests.support.transfers import CHUNK_SIZE, Processes, random_file, shape
+
+NODES = 5
+CHUNKS = 160
+SLOW = HopOptions(rate_limit=8e6)
+"""The copy takes a second or two, so that there is a middle to disturb."""
+CASES = [
+    pytest.param(kind, rank, marks=() if kind is Kind.CHAIN or rank == 1 else pytest.mark.slow)
+    for kind in (Kind.CHAIN, Kind.BINARY, Kind.STRIPES)
+    for rank in (1, 3, NODES)
+]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    random_file(tmp_path / "source", CHUNKS * CHUNK_SIZE - 5)
+    return tmp_path / "source"
+
+
+def begin(kind: Kind, source: Path, options: HopOptions = SLOW) -> Processes:
+    directory = source.parent
+    return Processes(shape(kind, NODES), source, lambda rank: directory / f"out{rank}", options)
+
+
+def check(source: Path, *without: int) -> None:
+    for rank in range(1, NODES + 1):
+        path = source.parent / f"out{rank}"
+        if rank in without:
+            assert not path.exists()
+        else:
+            assert path.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "rank"), CASES)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_node_that_dies_or_hangs_costs_itself_alone(
+    source: Path, kind: Kind, rank: int, number: signal.Signals
+) -> None:
+    with begin(kind, source) as processes:
+        processes.nodes[rank].wait_for(CHUNKS // 4)
+        processes.nodes[rank].send_signal(number)
+        assert processes.source.wait() == 2
+        report = processes.source.report
+        assert list(report["others"]) == [str(rank)]
+        for other, node in processes.nodes.items():
+            if other != rank:
+                assert node.wait() == 0
+    check(source, rank)
+
+
+@pytest.mark.parametrize("kind", [Kind.CHAIN, Kind.STRIPES])
+def test_a_node_that_was_only_asleep_goes_on(source: Path, kind: Kind) -> None:
+    options = HopOptions(rate_limit=8e6, lost_grace_s=20.0)
+    with begin(kind, source, options) as processes:
+        processes.nodes[2].wait_for(CHUNKS // 4)
+        processes.nodes[2].send_signal(signal.SIGSTOP)
+        processes.nodes[3].wait_for(CHUNKS)  # by another way
+        processes.nodes[2].send_signal(signal.SIGCONT)
+        assert processes.source.wait() == 0
+    check(source)
+
+
+def test_a_node_that_returns_resumes(source: Path) -> None:
+    options = HopOptions(rate_limit=8e6, lost_grace_s=20.0)
+    with begin(Kind.CHAIN, source, options) as processes:
+        processes.nodes[2].wait_for(CHUNKS // 2)
+        processes.nodes[2].send_signal(signal.SIGKILL)
+        processes.start_again(2)
+        assert processes.source.wait() == 0
+        processes.nodes[2].wait()
+    check(source)
+
+
+def test_a_later_transfer_resumes_what_a_killed_one_has_left(source: Path) -> None:
+    with begin(Kind.CHAIN, source) as processes:
+        processes.nodes[NODES].wait_for(CHUNKS // 2)
+        for process in (processes.source, *processes.nodes.values()):
+            process.send_signal(signal.SIGKILL)
+    with begin(Kind.CHAIN, source) as processes:
+        assert processes.source.wait() == 0
+        seconds = processes.source.report["seconds"]
+    check(source)
+    assert seconds < 1.0 * CHUNKS * CHUNK_SIZE / 8e6
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    path = tmp_path / "small"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(path)], check=True)
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("kind", [Kind.CHAIN, Kind.BINARY, Kind.STRIPES])
+@pytest.mark.parametrize("rank", [1, 3, NODES])
+def test_a_full_disk_costs_its_own_node_alone(
+    source: Path, small_disk: Path, kind: Kind, rank: int
+) -> None:
+    def target(one: int) -> Path:
+        return (small_disk if one == rank else source.parent) / f"out{one}"
+
+    with Processes(shape(kind, NODES), source, target, HopOptions()) as processes:
+        assert processes.source.wait() == 2
+        report = processes.source.report
+        assert "No space left" in report["others"][str(rank)]
+        assert len(report["others"]) == 1
+    check(source, rank)

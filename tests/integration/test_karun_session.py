@@ -1,0 +1,157 @@
+"""Sessions: commands on nodes that stay connected, through the real command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.running import wait_until
+
+NODE_COUNT = 12
+
+
+class Shell:
+    """The command line, with a runtime directory of its own."""
+
+    def __init__(self, runtime: Path) -> None:
+        self.runtime = runtime
+        self._env = os.environ | {"XDG_RUNTIME_DIR": str(runtime)}
+
+    def __call__(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(self.command(*words), input=stdin, capture_output=True, timeout=60,
+                              env=self._env, check=False)  # fmt: skip
+
+    def start(self, *words: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=self._env
+        )
+
+    @staticmethod
+    def command(*words: str) -> list[str]:
+        return [sys.executable, "-m", "karun.entry", *words]
+
+
+@pytest.fixture(scope="module")
+def karun(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    shell = Shell(tmp_path_factory.mktemp("run"))
+    shell.runtime.chmod(0o700)
+    started = shell("session", "start", "--via", "local", "-w", f"n[1-{NODE_COUNT}]")
+    assert started.returncode == 0, started.stderr
+    assert started.stdout.startswith(b"session default: 12 nodes")
+    yield shell
+    assert shell("session", "stop").returncode == 0
+
+
+def test_a_command_in_a_session_prints_and_ends_as_without_one(karun: Shell) -> None:
+    script = "echo out; echo $KARUN_NODE >&2; exit $((KARUN_RANK % 3))"
+    found = karun("run", "--session", "default", "-b", "-S", "--", "sh", "-c", script)
+    assert found.returncode == 2
+    assert {b"n[1,4,7,10] (4)", b"n[2,5,8,11] (4)", b"out"} <= set(found.stdout.splitlines())
+    errors = found.stderr.splitlines()
+    assert {b"n%d: n%d" % (number, number) for number in range(1, 13)} <= set(errors)
+    assert b"karun: n[2,5,8,11]: exited with exit code 1" in errors
+
+
+def test_standard_input_reaches_the_nodes_of_a_session(karun: Shell) -> None:
+    data = os.urandom(1 << 20)
+    found = karun("run", "--session", "default", "-b", "--", "wc", "-c", stdin=data)
+    assert found.stdout.splitlines()[-1] == b"1048576"
+
+
+def test_a_part_of_a_session_can_be_named_and_nothing_beyond_it(karun: Shell) -> None:
+    found = karun("run", "--session", "default", "-w", "n[3-4]", "echo", "hi")
+    assert sorted(found.stdout.splitlines()) == [b"n3: hi", b"n4: hi"]
+    found = karun("run", "--session", "default", "-w", "n[12-14]", "true")
+    assert (found.returncode, found.stderr) == (2, b"karun: not in this session: n[13-14]\n")
+
+
+def test_many_clients_share_a_session(karun: Shell) -> None:
+    clients = [
+        karun.start("run", "--session", "default", "-b", "--", "echo", str(number))
+        for number in range(6)
+    ]
+    for number, client in enumerate(clients):
+        out, _ = client.communicate(timeout=60)
+        assert (client.returncode, out.splitlines()[-1]) == (0, b"%d" % number)
+
+
+def test_a_client_that_goes_takes_its_command_with_it(karun: Shell, tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    script = f"echo $$ >> {pids}; exec sleep 1000"
+    client = karun.start("run", "--session", "default", "--", "sh", "-c", script)
+    wait_until(
+        lambda: pids.exists() and len(pids.read_text().split()) == NODE_COUNT, "the commands"
+    )
+    client.kill()
+    client.communicate()
+    numbers = pids.read_text().split()
+    wait_until(lambda: not any(map(is_running, numbers)), "the commands to end")
+    assert karun("run", "--session", "default", "true").returncode == 0
+
+
+def test_a_client_that_does_not_read_holds_the_nodes_back_not_the_session(karun: Shell) -> None:
+    client = karun.start("run", "--session", "default", "-w", "n1", "yes")
+    out = client.stdout
+    assert out is not None
+    assert out.read(6) == b"n1: y\n"
+    (line,) = karun("session", "list").stdout.splitlines()
+    pid = int(line.split(b"pid ")[1].split(b";")[0])
+    before = resident_size(pid)
+    time.sleep(0.5)
+    assert resident_size(pid) < before + (32 << 20)
+    client.kill()
+    client.communicate()
+
+
+def test_a_session_that_is_not_there_is_one_line(karun: Shell) -> None:
+    found = karun("run", "--session", "nope", "true")
+    assert found.returncode == 3
+    assert found.stderr == b"karun: no session 'nope' (karun session start --name nope -w ...)\n"
+
+
+def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "karun").mkdir(mode=0o755)
+    (tmp_path / "karun").chmod(0o755)
+    found = Shell(tmp_path)("run", "--session", "default", "true")
+    assert found.returncode == 4
+    assert found.stderr.startswith(b"karun: others have access to")
+
+
+def test_the_socket_is_for_its_owner_only(karun: Shell) -> None:
+    socket = karun.runtime / "karun" / "default.sock"
+    assert socket.stat().st_mode & 0o777 == 0o600
+    assert socket.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_client_loads_neither_trio_nor_click_nor_clustershell(karun: Shell) -> None:
+    words = ["run", "--session", "default", "true"]
+    code = (
+        f"import sys; sys.argv = ['karun', *{words!r}]\n"
+        "from karun import entry\n"
+        "try: entry.main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'trio', 'click', 'ClusterShell'} & set(sys.modules)))"
+    )
+    env = os.environ | {"XDG_RUNTIME_DIR": str(karun.runtime)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, env=env
+    )
+    assert found.stdout.strip() == b"[]", found.stderr
+
+
+def is_running(pid: str) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def resident_size(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmRSS:")[1].split()[0]) << 10

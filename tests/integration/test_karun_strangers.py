@@ -1,0 +1,130 @@
+"""The door of a run: who knocks without the token, or speaks nonsense, gets nothing.
+
+And connectors that need no network of their own: network namespaces, and rsh as a program.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+import karun
+from karun.agent import frames, proof
+from karun.agent.hub import STRANGERS_MAX
+from tests.support.karun import Collect
+
+
+def door(run: karun.Run) -> int:
+    """The port at which the head takes lost nodes back."""
+    return run.engine._hub.ancestors[0][1]
+
+
+async def said(stream: trio.SocketStream) -> list[tuple[int, int, bytes]]:
+    """All frames until the other side closes."""
+    decoder = frames.Decoder()
+    found: list[tuple[int, int, bytes]] = []
+    try:
+        async for data in stream:
+            found += decoder.feed(bytes(data))
+    except trio.BrokenResourceError:
+        pass
+    return found
+
+
+def proof_with(token: bytes) -> Callable[[bytes], bytes]:
+    def answer(challenge: bytes) -> bytes:
+        payload = proof.prove(token, 0, challenge, os.urandom(proof.NONCE_SIZE))
+        return frames.encode(frames.PROVE, 0, payload)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        proof_with(bytes(32)),
+        lambda _: frames.encode(frames.ATTACH, 0, frames.pack(b"i", 0, 0, b"")),
+        lambda _: frames.encode(frames.EVENT, 0, b"\xff" * 100),
+        lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+        lambda _: b"\xff" * 4096,
+    ],
+)
+async def test_a_stranger_gets_a_challenge_and_no_more(answer: Callable[[bytes], bytes]) -> None:
+    async with karun.Run(["a", "b"], "local") as run:
+        await run.launched()
+        async with await trio.open_tcp_stream("127.0.0.1", door(run)) as stream:
+            decoder = frames.Decoder()
+            challenges = list(decoder.feed(bytes(await stream.receive_some(4096))))
+            assert [kind for kind, _, _ in challenges] == [frames.CHALLENGE]
+            await stream.send_all(answer(challenges[0][2]))
+            with trio.fail_after(10):
+                assert await said(stream) == []
+        outcomes = await run.command(["true"])
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+
+
+async def test_who_holds_the_token_is_answered_with_a_proof() -> None:
+    async with karun.Run(["a"], "local") as run:
+        await run.launched()
+        token = run.engine._hub._setup.token
+        async with await trio.open_tcp_stream("127.0.0.1", door(run)) as stream:
+            decoder = frames.Decoder()
+            ((_, _, challenge),) = decoder.feed(bytes(await stream.receive_some(4096)))
+            nonce = os.urandom(proof.NONCE_SIZE)
+            payload = proof.prove(token, 0, challenge, nonce)
+            await stream.send_all(frames.encode(frames.PROVE, 0, payload))
+            ((kind, _, accept),) = decoder.feed(bytes(await stream.receive_some(4096)))
+        assert kind == frames.ACCEPT
+        assert proof.accepted(token, 0, challenge, nonce, accept) == frames.HEAD
+
+
+async def test_many_strangers_do_not_keep_a_run_from_its_work() -> None:
+    async with karun.Run(["a", "b"], "local") as run:
+        await run.launched()
+        knocking = [await trio.open_tcp_stream("127.0.0.1", door(run)) for _ in range(200)]
+        outcomes = await run.command(["true"])
+        assert len(run.engine._hub._strangers) <= STRANGERS_MAX
+        for one in knocking:
+            await one.aclose()
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+
+
+async def test_an_agent_that_lies_about_its_rank_ends_with_its_connection() -> None:
+    async with karun.Run(["a", "b"], "local") as run:
+        await run.launched()
+        (first, _second) = run.engine._hub.children
+        for payload in (b"\xff", frames.pack("x"), frames.pack(2, 0, frames.OUTPUT, "x")):
+            with pytest.raises(frames.FrameError):
+                first.frame(first, frames.EVENT, 1, payload)
+        with pytest.raises(frames.FrameError):
+            first.frame(first, frames.EVENT, 7, frames.pack(1, 0, 1))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+async def test_a_network_namespace_is_a_node() -> None:
+    name = f"ka{os.getpid()}"
+    await trio.run_process(["ip", "netns", "add", name])
+    try:
+        sink = Collect()
+        async with karun.Run([name], "netns") as run:
+            await run.command(["readlink", "/proc/self/ns/net"], sink=sink)
+    finally:
+        await trio.run_process(["ip", "netns", "delete", name])
+    assert sink.outputs[0, 1].strip() != os.fsencode(os.readlink("/proc/self/ns/net"))
+
+
+async def test_rsh_is_given_the_command_as_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rsh = tmp_path / "rsh"
+    rsh.write_text('#!/bin/sh\n[ "$1 $2" = "-l me" ] || exit 1\nexec sh -c "$4"\n')
+    rsh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    sink = Collect()
+    async with karun.Run(["n1", "n2"], karun.connector("rsh", user="me")) as run:
+        await run.command(["sh", "-c", "echo $KARUN_NODE"], sink=sink)
+    assert [sink.outputs[rank, 1] for rank in (0, 1)] == [b"n1\n", b"n2\n"]
