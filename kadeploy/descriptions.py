@@ -8,6 +8,7 @@ Not here: what the keys mean (environment.py, nodes.py).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from common.errors import Code, KaError
 from kadeploy.environment import Environment
 from kadeploy.nodes import Nodes
 
-__all__ = ["parse_environment", "read_environment", "read_nodes", "read_text"]
+__all__ = ["parse_environment", "read_environment", "read_facts", "read_nodes", "read_text"]
 
 FILE_SIZE_MAX = 4 * 1024 * 1024
 
@@ -91,6 +92,17 @@ def parse_environment(text: str, path: Path) -> Environment:
 
 def read_environment(path: Path) -> Environment:
     return parse_environment(read_text(path), path)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return what a node's program answered, kept in a file; raises KaError USAGE."""
+    try:
+        content = json.loads(read_text(path))
+    except ValueError as error:
+        raise KaError(Code.USAGE, f"{path}: not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise KaError(Code.USAGE, f"{path}: not the facts of a node")
+    return content
 
 
 def read_nodes(path: Path) -> Nodes:

@@ -18,6 +18,7 @@ from typing import Any
 from common.errors import Code, KaError
 
 __all__ = [
+    "TOKEN_PATH",
     "Customize",
     "Format",
     "InstallBoot",
@@ -31,6 +32,9 @@ __all__ = [
     "from_json",
     "to_json",
 ]
+
+TOKEN_PATH = "/etc/kadeploy-deployed"
+"""Is in every Linux system that was deployed, and says by which deployment."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,10 +26,12 @@ from kadeploy.environment import (
 )
 from kadeploy.nodes import Nodes, NodeSpec
 from kadeploy.orders import (
+    TOKEN_PATH,
     Customize,
     Format,
     InstallBoot,
     MountPoint,
+    NewFile,
     Order,
     Partition,
     Place,
@@ -85,11 +87,13 @@ def make_plan(
     *,
     read: Callable[[str], str],
     stored_sizes: Mapping[str, int],
+    token: str = "",
     rates: Rates | None = None,
 ) -> NodePlan:
     """Return the plan for a node; raises USAGE with what does not fit.
 
-    *read*: the text of a template of the environment; *stored_sizes*: bytes of each image file.
+    *read*: the text of a template of the environment; *stored_sizes*: bytes of each image file;
+    *token*: what a Linux system is to answer when it is asked which deployment it is from.
     """
     rates = rates or Rates()
     layouts = _layouts(environment, node, facts)
@@ -101,7 +105,7 @@ def make_plan(
     images = [_image_job(image, layouts) for image in environment.images()]
     finish: list[Order] = []
     for system in environment.systems:
-        finish += _finish(environment, system, node, nodes, layouts, facts, read)
+        finish += _finish(environment, system, node, nodes, layouts, facts, read, token)
     stored = sum(stored_sizes.get(image.file, 0) for image in environment.images())
     written = max(environment.image_size, stored)
     expected = max(stored / rates.link, written / rates.disk) + written / rates.disk
@@ -215,6 +219,7 @@ def _finish(
     layouts: Sequence[DiskLayout],
     facts: Facts,
     read: Callable[[str], str],
+    token: str,
 ) -> list[Order]:
     if environment.root_of(system) is None:
         return []
@@ -223,10 +228,11 @@ def _finish(
     custom = postinstall.render(
         system.post_install, node, nodes, layouts, environment=environment.name, read=read
     )
-    if system.post_install:
-        made.append(
-            Customize(mounts, custom.remove, custom.files, custom.scripts, custom.ssh_host_keys)
-        )
+    files = custom.files
+    if system.os is OsKind.LINUX:
+        files = (*files, NewFile.of(TOKEN_PATH, f"{token}\n".encode()))
+    if files or system.post_install:
+        made.append(Customize(mounts, custom.remove, files, custom.scripts, custom.ssh_host_keys))
     if boot := _boot(environment, system, layouts, facts, mounts):
         made.append(boot)
     return made

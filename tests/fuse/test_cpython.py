@@ -77,6 +77,7 @@ def test_verdicts_are_those_of_the_local_disk(
     different = [
         f"{name}\n  local disk: {here.get(name, 'absent')}\n  mount: {there.get(name, 'absent')}"
         for name in sorted(here.keys() | there.keys())
-        if here.get(name, "absent").partition(":")[0] != there.get(name, "absent").partition(":")[0]
+        if here.get(name, "absent").partition(":")[0]
+        != there.get(name, "absent").partition(":")[0]
     ]
     assert not different, "\n".join(different)

@@ -127,7 +127,7 @@ def test_shared_mapping_is_written_and_read(root: Path, cluster: Cluster) -> Non
     assert len(content) == size
     assert content[CHUNK_SIZE - 2 : CHUNK_SIZE + 2] == b"edge"
     assert content[-3:] == b"end"
-    assert content.count(0) == size - len("edgeendby write")
+    assert content.count(0) == size - len("edge" "end" "by write")
 
 
 def test_mapping_is_shared_by_two_processes(root: Path) -> None:

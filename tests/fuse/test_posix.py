@@ -348,11 +348,8 @@ def test_acl_grants_and_directories_hand_theirs_down(root: Path) -> None:
     ).stdout
     assert "user:65534:rwx\t#effective:rw-" in text
     assert "other::---" in text
-    assert (
-        "default:user:65534:rwx"
-        in subprocess.run(
-            ["getfacl", "-cn", root / "below"], capture_output=True, text=True, check=True
-        ).stdout
-    )
+    assert "default:user:65534:rwx" in subprocess.run(
+        ["getfacl", "-cn", root / "below"], capture_output=True, text=True, check=True
+    ).stdout
     subprocess.run(["setfacl", "-bk", root], check=True)
     assert not [name for name in os.listxattr(root) if "acl" in name]

@@ -212,7 +212,9 @@ def test_a_dead_mount_is_called_by_its_name_and_can_be_removed(
     pid = mounting.mount_in_background(cluster.config_path, point, ())
     os.kill(pid, 9)
     os.waitpid(pid, 0)
-    refused(nfsp("-c", cluster.config_path, "mount", point), 1, f"dead mount.*nfsp umount {point}")
+    refused(
+        nfsp("-c", cluster.config_path, "mount", point), 1, f"dead mount.*nfsp umount {point}"
+    )
     assert nfsp("umount", point).returncode == 0
 
 

@@ -121,7 +121,9 @@ def test_a_full_iod_is_enospc_and_goes_on_when_space_is_back(
 
 
 @ROOT_ONLY
-async def test_a_full_mds_is_enospc_and_goes_on_when_space_is_back(base: Path, small: Path) -> None:
+async def test_a_full_mds_is_enospc_and_goes_on_when_space_is_back(
+    base: Path, small: Path
+) -> None:
     cluster = await threaded(lambda: Cluster(base / "c", iods=1, data={"mds0": small / "data"}))
     await threaded(cluster.start)
     ballast = small / "ballast"

@@ -125,7 +125,9 @@ async def test_closing_here_shows_there(cluster: Cluster) -> None:
         await one.flush(handle)
         await one.release(handle)
         assert await content(two, name) == b"first second"
-        other, inode, _ = await two.open_file((await two.lookup(ROOT, name)).ino, writable=True)
+        other, inode, _ = await two.open_file(
+            (await two.lookup(ROOT, name)).ino, writable=True
+        )
         await two.write(other, inode.size, b" third")  # as O_APPEND does
         await two.flush(other)
         assert await content(one, name) == b"first second third"
@@ -351,7 +353,9 @@ def start_in_another_boot(cluster: Cluster, boot: Path) -> subprocess.Popen[byte
         f"mount --bind {boot} /proc/sys/kernel/random/boot_id && "
         f"exec {sys.executable} -m nfsp -c {cluster.config_path} iod 2"
     )
-    process = subprocess.Popen(["unshare", "-m", "sh", "-c", command], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", command], stderr=subprocess.DEVNULL
+    )
     wait_until(lambda: cluster.pid("iod2"), "it runs")
     return process
 

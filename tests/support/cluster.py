@@ -29,7 +29,9 @@ COMMAND_TIMEOUT_S = 120
 CREATORS = 32
 
 
-def nfsp(*arguments: str | Path, status: int | None = 0) -> subprocess.CompletedProcess[str]:
+def nfsp(
+    *arguments: str | Path, status: int | None = 0
+) -> subprocess.CompletedProcess[str]:
     """Run `nfsp ARGUMENTS`; it must exit with *status* unless that is None."""
     done = subprocess.run(
         [sys.executable, "-m", "nfsp", *map(str, arguments)],

@@ -76,7 +76,9 @@ async def in_front_of_mds(config: ClusterConfig) -> AsyncIterator[tuple[Proxy, C
     """Run a proxy; yields it and the configuration that leads through it."""
     proxy = Proxy(config.mds[0].address)
     async with trio.open_nursery() as nursery:
-        listeners = await nursery.start(partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1"))
+        listeners = await nursery.start(
+            partial(trio.serve_tcp, proxy.serve, 0, host="127.0.0.1")
+        )
         port = listeners[0].socket.getsockname()[1]
         mds = replace(config.mds[0], address=f"127.0.0.1:{port}", socket="")
         yield proxy, replace(config, mds=(mds,))

@@ -48,10 +48,8 @@ class Space:
             self.session,
             self.now_ns,
             lambda ino: not self.table_complete or any(at == ino for _, at in self.opens),
-            lambda ino: (
-                not self.table_complete
-                or any(at == ino and writable for (_, at), writable in self.opens.items())
-            ),
+            lambda ino: not self.table_complete
+            or any(at == ino and writable for (_, at), writable in self.opens.items()),
             self.placement,
         )
 

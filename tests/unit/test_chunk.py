@@ -120,7 +120,9 @@ def _header(present: int, data_end: int, unsynced: int = 0) -> ChunkHeader:
 RANGES = st.tuples(st.integers(0, CHUNK_SIZE - 1), st.integers(1, CHUNK_SIZE)).map(
     lambda pair: (pair[0], min(pair[1], CHUNK_SIZE - pair[0]))
 )
-HEADERS = st.builds(_header, st.integers(0, 15), st.integers(0, CHUNK_SIZE), st.integers(0, 15))
+HEADERS = st.builds(
+    _header, st.integers(0, 15), st.integers(0, CHUNK_SIZE), st.integers(0, 15)
+)
 
 
 @given(RANGES, st.lists(st.integers(0, CHUNK_SIZE), max_size=6))

@@ -60,7 +60,7 @@ def section(title: str) -> str:
 
 def documented_default(value: str, kind: str) -> str:
     """The default as the table should show it, for comparing."""
-    return format_size(int(value)) if kind == "size" and value.isdigit() else value.strip('`"')
+    return format_size(int(value)) if kind == "size" and value.isdigit() else value.strip("`\"")
 
 
 @pytest.mark.parametrize("table", TABLES)
