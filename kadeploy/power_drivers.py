@@ -138,13 +138,11 @@ def _ipmi(spec: PowerSpec, action: PowerAction) -> str:
             port=spec.port or IPMI_PORT,
             keepalive=False,
         )
-        try:
-            if action is PowerAction.STATUS:
-                return str(session.get_power()["powerstate"])
-            said = session.set_power(_IPMI[action], wait=False)
-            return str(said.get("pendingpowerstate", said.get("powerstate", "")))
-        finally:
-            session.ipmi_session.logout()
+        # pyghmi keeps a session for each BMC and uses it again; one that was logged out breaks it.
+        if action is PowerAction.STATUS:
+            return str(session.get_power()["powerstate"])
+        said = session.set_power(_IPMI[action], wait=False)
+        return str(said.get("pendingpowerstate", said.get("powerstate", "")))
     except (PyghmiException, OSError, KeyError) as error:
         raise KaError(Code.UNREACHABLE, f"ipmi {spec.address}: {error}") from None
 
