@@ -11,9 +11,21 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from karun.api import Copied, CopyOptions, Limits, Outcome, Run, Sink, Step, connector
+    from karun.api import (
+        Copied,
+        CopyOptions,
+        Limits,
+        Outcome,
+        Program,
+        Run,
+        Sink,
+        Step,
+        connector,
+    )
 
-__all__ = ["Copied", "CopyOptions", "Limits", "Outcome", "Run", "Sink", "Step", "connector"]
+__all__ = [
+    "Copied", "CopyOptions", "Limits", "Outcome", "Program", "Run", "Sink", "Step", "connector",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:

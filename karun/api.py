@@ -29,8 +29,12 @@ from karun.connectors import Connector
 from karun.copied import Copied, CopyOptions, Step
 from karun.engine import CONNECT_S, TIMEOUT, Command, Engine, Limits, Sink
 from karun.feed import CHUNK_SIZE
+from karun.mpi import Program, run_program, unit_names
+from karun.results import CODE_STOPPED, CODE_TIMED_OUT, STAGE_STOPPED
 
-__all__ = ["Copied", "CopyOptions", "Limits", "Outcome", "Run", "Sink", "Step", "connector"]
+__all__ = [
+    "Copied", "CopyOptions", "Limits", "Outcome", "Program", "Run", "Sink", "Step", "connector",
+]  # fmt: skip
 
 QUIT_S = 3.0
 """What the nodes get to end their processes when the run is left."""
@@ -53,9 +57,10 @@ class Outcome:
 
     @property
     def exit_code(self) -> int:
-        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out."""
+        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out;
+        137 stopped because of another rank."""
         if self.stage:
-            return 124 if self.stage == TIMEOUT else 255
+            return {TIMEOUT: CODE_TIMED_OUT, STAGE_STOPPED: CODE_STOPPED}.get(self.stage, 255)
         return 128 + self.signal if self.signal else self.code or 0
 
 
@@ -144,6 +149,7 @@ class Run:
         limit_s: float = 0.0,
         started: Callable[[Command], None] | None = None,
         task: bool = False,
+        place: tuple[int, int] | None = None,
     ) -> list[Outcome]:
         """Run a command on all nodes (or on *ranks*), and wait for its end on each.
 
@@ -152,6 +158,7 @@ class Run:
         pty: give it a terminal.  limit_s: TERM after so long, KILL two seconds later; 0: never.
         started: called with the `Command`, through which it can be signalled.
         task: the words are those of a task of the agent's own (karun/agent/task.py).
+        place: it is part of an MPI program (karun/mpi.py).
         Cancelled: the command's processes are killed on every node.
         """
         engine = self.engine
@@ -159,7 +166,7 @@ class Run:
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         command = engine.command(
             argv, recorder, ranks=ranks, line=line, pty=pty, cwd=cwd, env=settings,
-            limit_s=limit_s, fed=stdin is not None, task=task,
+            limit_s=limit_s, fed=stdin is not None, task=task, place=place,
         )  # fmt: skip
         done = trio.Event()
         command.done = done.set
@@ -176,6 +183,18 @@ class Run:
             if command.pending and not engine.closed:
                 engine.abandon(command)
         return recorder.outcomes(range(len(self.nodes)) if ranks is None else ranks)
+
+    async def mpi(
+        self, program: Program, *, sink: Sink | None = None
+    ) -> tuple[list[Outcome], int]:
+        """Run an MPI program on all nodes; return what became of its ranks, and its abort's code.
+
+        The code is 0 if nobody aborted; the sink is told of MPI ranks.  Ranks start on all nodes
+        or on none.  Cancelled: all ranks are killed.
+        """
+        recorder = _Recorder(unit_names(self.nodes, program.count), sink)
+        code = await run_program(self, program, recorder)
+        return recorder.outcomes(range(len(self.nodes) * program.count)), code
 
     async def copy(
         self,

@@ -117,7 +117,7 @@ def cache_directory() -> Path | None:
 
 
 def _names() -> list[str]:
-    paths = ["karun/__init__.py", "karun/launch_plan.py"]
+    paths = ["karun/__init__.py", "karun/launch_plan.py", "karun/pmi.py", "karun/sampler.py"]
     paths += [str(path.relative_to(_ROOT)) for path in (_ROOT / "karun/agent").glob("*.py")]
     return sorted(set(paths))
 

@@ -1,7 +1,7 @@
 """Command line of karun, which starts and controls processes on many nodes.
 
-Decides nothing: it reads arguments, calls, and says what came of it.  Built so far: `run`,
-`copy`, `gather`, `session`, `plan`.  `karun run --session` does not come by here (karun/entry.py).
+Decides nothing: it reads arguments, calls, and says what came of it; `karun run --session`
+does not come by here (karun/entry.py).
 Errors are one line on standard error; exit codes are those of `common.errors`.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NoReturn
 
 import click
@@ -21,8 +19,11 @@ from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import Code, KaError
 from karun import client, moving, planning, running, sessions
+from karun.cli_reboot import reboot
+from karun.cli_shell import shell
+from karun.cli_top import top
+from karun.cli_where import split, where_options
 from karun.client import DEFAULT
-from karun.connectors import TREES, VIAS
 from karun.copied import CopyOptions
 from karun.options import Options
 
@@ -35,10 +36,11 @@ __all__ = ["main"]
 )
 @click.version_option(package_name="ka", prog_name="karun")
 def karun() -> None:
-    """Start and control processes on many nodes.
+    """Start and control processes on many nodes."""
 
-    Built so far: `run`, `copy`, `gather`, `session` and `plan`.  There is no `reboot` or `top` yet.
-    """
+
+for command in (reboot, shell, top):
+    karun.add_command(command)
 
 
 def main() -> NoReturn:
@@ -62,44 +64,11 @@ def main() -> NoReturn:
     sys.exit(0)
 
 
-def _where(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say which nodes, and how they are reached."""
-    options = (
-        click.option("-w", "nodes", multiple=True, metavar="NODES",
-                     help="Nodes: a node set, @group, ^file, -."),
-        click.option("-x", "excluded", multiple=True, metavar="NODES", help="But not these."),
-        click.option("-g", "groups", multiple=True, metavar="GROUP", help="The nodes of a group."),
-        click.option("-a", "everyone", is_flag=True, help="All nodes that the groups know."),
-        click.option("--hostfile", "hostfiles", multiple=True, metavar="FILE",
-                     help="Nodes from a file."),
-        click.option("--via", type=click.Choice(VIAS), default="ssh", show_default=True,
-                     help="Connector."),
-        click.option("--ssh-config", metavar="FILE", help="For ssh, instead of the user's own."),
-        click.option("--no-fast-ssh", is_flag=True, help="Leave the order of key exchanges alone."),
-        click.option("-l", "user", metavar="USER", help="Log in as this user."),
-        click.option("-f", "fanout", type=click.IntRange(1, 4096), default=64, show_default=True,
-                     help="Calls at a time, of one caller."),
-        click.option("--tree", type=click.Choice(TREES), default=TREES[0], show_default=True,
-                     help="Whether nodes call nodes."),
-        click.option("-t", "connect_s", type=click.FloatRange(min=0.1), default=15.0,
-                     show_default=True, help="Seconds until a node must have answered."),
-    )  # fmt: skip
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def _split(options: dict[str, Any]) -> tuple[running.Where, dict[str, Any]]:
-    names = {field.name for field in fields(running.Where)}
-    where = running.Where(**{name: options.pop(name) for name in names})
-    return where, options
-
-
 @karun.command(
     context_settings={"allow_interspersed_args": False},
     epilog="Example: karun run -w node[1-200] -x node7 -b -- uname -r",
 )
-@_where
+@where_options
 @click.option("--session", metavar="NAME", help="On the nodes of a session; instead of the above.")
 @click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,
               help="Seconds that the command may take.  [default: for ever]")  # fmt: skip
@@ -118,6 +87,9 @@ def _split(options: dict[str, Any]) -> tuple[running.Where, dict[str, Any]]:
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
 @click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
 @click.option("--pty", is_flag=True, help="Give the command a terminal.")
+@click.option("--mpi", is_flag=True, help="It is an MPI program, built with MPICH or its family.")
+@click.option("--ranks", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
+              help="Of --mpi, on each node.")  # fmt: skip
 @click.argument("command", nargs=-1, required=True)
 def run(session: str | None, **options: Any) -> None:
     """Run a command on many nodes at once.
@@ -127,12 +99,16 @@ def run(session: str | None, **options: Any) -> None:
     """
     if session is not None:  # karun.entry takes these, unless there is something wrong with them
         raise KaError(Code.USAGE, "with --session: -w, options of output and of the command only")
-    where, rest = _split(options)
+    where, rest = split(options)
+    if rest["ranks"] > 1 and not rest["mpi"]:
+        raise KaError(Code.USAGE, "--ranks is for --mpi")
+    if rest["mpi"] and (rest["sudo"] or rest["pty"]):
+        raise KaError(Code.USAGE, "--mpi goes with neither --sudo nor --pty")
     sys.exit(running.main(where, Options(**rest)))
 
 
 @karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
-@_where
+@where_options
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
@@ -156,7 +132,7 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
     is the node's name.  Times, permissions and, for root, owners are kept.  What a node has
     already does not travel.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, rest = _split(options)
+    where, rest = split(options)
     if len(paths) < 2 and not command:
         raise KaError(Code.USAGE, "need a source and a destination")
     *sources, destination = (*paths, "") if command else paths
@@ -189,7 +165,7 @@ def _copy_options(
 
 
 @karun.command(epilog="Example: karun gather -w node[1-200] /var/log/syslog logs")
-@_where
+@where_options
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("source", metavar="SRC")
@@ -199,7 +175,7 @@ def gather(source: str, directory: str, as_json: bool, quiet: bool, **options: A
 
     `%h` in SRC is the node's name.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, _rest = _split(options)
+    where, _rest = split(options)
     form = moving.Form(as_json=as_json, quiet=quiet)
     sys.exit(moving.gather(where, source, directory, form))
 
@@ -210,11 +186,11 @@ def session() -> None:
 
 
 @session.command(epilog="Example: karun session start --name racks -w @racks")
-@_where
+@where_options
 @click.option("--name", default=DEFAULT, show_default=True, help="What it is called.")
 def start(name: str, **options: Any) -> None:
     """Connect nodes and keep them."""
-    where, _rest = _split(options)
+    where, _rest = split(options)
     click.echo(sessions.start(name, where))
 
 

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from karun import reasons
 from karun.agent import frames
+from karun.agent.barrier import Gathering
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
 from karun.agent.process import OUT_OF_TIME, SIGKILL
@@ -27,6 +28,7 @@ from karun.agent.setup import AUTO, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
+from karun.pmi import MISSED
 from karun.roster import Roster, State
 
 __all__ = ["Command", "Engine", "Limits", "Sink"]
@@ -34,6 +36,8 @@ __all__ = ["Command", "Engine", "Limits", "Sink"]
 CONNECT_S = 15.0
 TIMEOUT = "timeout"
 RESYNC_S = 0.5
+PUTS_SIZE_MAX = 3 << 20
+"""Of one barrier, from all ranks: it must fit into a frame."""
 BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
 
@@ -83,6 +87,14 @@ class Command:
         self.done: Callable[[], None] = _nothing
 
 
+class _World:
+    """An MPI program: whom its barrier has, and who is told of its abort."""
+
+    def __init__(self, aborted: Callable[[int, int, str], None]) -> None:
+        self.aborted = aborted
+        self.gathering = Gathering()
+
+
 class Engine:
     """One run over *nodes*."""
 
@@ -94,6 +106,7 @@ class Engine:
         self.roster = Roster(len(nodes))
         self._limits = limits
         self._commands: dict[int, Command] = {}
+        self._worlds: dict[int, _World] = {}
         self._failures: dict[int, tuple[str, str]] = {}
         self.launched: Callable[[], None] = _nothing
         self.closed = False
@@ -150,16 +163,19 @@ class Engine:
         limit_s: float = 0.0,
         cwd: str = "",
         env: Sequence[str] = (),
+        place: tuple[int, int] | None = None,
     ) -> Command:
         """Order a command on all nodes, or on these; nodes that are out are told to the sink.
 
         *task*: the words are those of a task of the agent's own, not of a program.
+        *place*: it is a rank of this world, and which one of its node.
         """
         chosen = list(range(self.roster.size) if ranks is None else ranks)
         asked = {"s": line, "p": pty, "i": fed, "t": task}
         flags = "".join(flag for flag, is_asked in asked.items() if is_asked)
+        kind = frames.COMMAND if place is None else frames.RANK
         number, order = self.roster.order(
-            frames.COMMAND, flags, int(limit_s * 1000), cwd, frames.pack(*argv),
+            kind, *(place or ()), flags, int(limit_s * 1000), cwd, frames.pack(*argv),
             frames.pack(*env), b"" if ranks is None else _bits(chosen),
         )  # fmt: skip
         feed = Feed(chosen) if fed else None
@@ -170,6 +186,19 @@ class Engine:
             if rank in self._failures:
                 self._told_failed(command, rank)
         return command
+
+    def world(self, count: int, aborted: Callable[[int, int, str], None]) -> int:
+        """Announce an MPI program with *count* ranks on each node of the run; return its number.
+
+        *aborted(rank, code, reason)*: a rank ends them all; the caller sees to it.
+        """
+        number = self._order(frames.WORLD, count)
+        self._worlds[number] = _World(aborted)
+        return number
+
+    def failure(self, rank: int) -> tuple[str, str] | None:
+        """Return stage and reason of a node that is out."""
+        return self._failures.get(rank)
 
     def feed(self, command: Command, data: bytes) -> None:
         """Send standard input to all; see `Feed.room` for when."""
@@ -206,9 +235,10 @@ class Engine:
 
     # What comes up.
 
-    def _order(self, kind: int, *fields: bytes | str | int) -> None:
-        _number, payload = self.roster.order(kind, *fields)
+    def _order(self, kind: int, *fields: bytes | str | int) -> int:
+        number, payload = self.roster.order(kind, *fields)
         self._hub.broadcast(frames.ORDER, payload)
+        return number
 
     def _known(self, field: bytes) -> int:
         rank = frames.number(field)
@@ -221,6 +251,9 @@ class Engine:
             raise frames.FrameError(f"no node has rank {rank}")
         if kind == frames.ATTACH:
             self._attached(rank, payload)
+            return
+        if kind == frames.BARRIER:
+            self._gathered(payload)
             return
         event = self.roster.event(rank, payload)
         if event is None:
@@ -252,10 +285,33 @@ class Engine:
             child = self._known(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
             self._call_failed(child, reason, words, frames.number(fields[3]))
+        elif kind == frames.ABORTED:
+            world = self._worlds.get(frames.number(fields[0]))
+            if world is not None:
+                culprit, code = frames.number(fields[1]), frames.number(fields[2])
+                world.aborted(culprit, code, frames.text(fields[3]))
         else:
             command = self._commands.get(frames.number(fields[0]))
             if command is not None and rank in command.pending:
                 self._command_event(command, rank, kind, fields)
+
+    def _gathered(self, payload: bytes) -> None:
+        """Part of a barrier has come up; let all go on when the last has."""
+        number = frames.number(frames.unpack(payload)[0])
+        world = self._worlds.get(number)
+        if world is None:
+            raise frames.FrameError(f"no world {number}")
+        gathering = world.gathering
+        gathering.take(payload)
+        if not gathering.waits or not gathering.has((1 << self.roster.size) - 1):
+            return
+        if gathering.left >= 0:
+            world.aborted(gathering.left, 1, MISSED)
+        elif len(gathering.puts) > PUTS_SIZE_MAX:
+            world.aborted(0, 1, f"and the others put more than {PUTS_SIZE_MAX >> 20} MiB")
+        else:
+            self._order(frames.PASSED, number, gathering.number, gathering.puts)
+            gathering.passed(gathering.number)
 
     def _command_event(self, command: Command, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.OUTPUT:

@@ -43,6 +43,10 @@ class Options:
     env: tuple[str, ...] = ()
     sudo: bool = False
     pty: bool = False
+    mpi: bool = False
+    """Whether it is an MPI program, which ends with the highest code of its ranks."""
+    ranks: int = 1
+    """On each node."""
 
     def style(self) -> Style:
         """Return what is said of output."""
@@ -53,18 +57,20 @@ class Options:
             form = Form.GATHERED_ALL
         elif self.gather or self.diff:
             form = Form.GATHERED
-        elif self.outdir:
-            form = Form.SILENT
         return Style(
             form=form,
             by_line=self.by_line,
             diff=self.diff,
             label=not self.no_label,
-            highest=self.highest,
+            highest=self.highest or self.mpi,
             quiet=self.quiet,
             colour_out=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDOUT)),
             colour_err=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDERR)),
         )
+
+    def settings(self) -> dict[str, str]:
+        """Return what is set in the environment."""
+        return dict(setting.partition("=")[::2] for setting in self.env)
 
     def words(self) -> tuple[list[str], bool]:
         """Return the command's words, and whether the only one is a line for a shell."""

@@ -5,7 +5,7 @@ One interface for all forms: `output` as bytes come, `exited` or `failed` once f
 what was gathered is printed, and nodes without a verdict are named.
 
 Forms: `Labelled` (`node: line` as it comes), `Gathered` (dshbak-like, -b -B -L --diff),
-`JsonLines`, `Silent`, and `PerFile` around any of them (--outdir, --errdir).
+`JsonLines`, and `PerFile` around any of them (--outdir, --errdir).
 
 Invariants
   * bytes are bytes: nothing is decoded but for JSON, which says when it could not be;
@@ -29,7 +29,9 @@ from karun.lines import STDERR, STDOUT, Lines
 from karun.naming import Folding
 from karun.results import Result, Results
 
-__all__ = ["Form", "Printer", "Streams", "Style", "make_printer", "wants_colour"]
+__all__ = [
+    "CODE_NO_READER", "Form", "Printer", "Streams", "Style", "make_printer", "wants_colour",
+]  # fmt: skip
 
 CODE_NO_READER = 141
 """128 + SIGPIPE, as a shell reports it."""
@@ -59,7 +61,6 @@ class Form(enum.Enum):
     GATHERED = "gathered"
     GATHERED_ALL = "gathered with standard error"
     JSON = "json"
-    SILENT = "silent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +147,6 @@ class Printer:
         if self._style.colour_out if stream == STDOUT else self._style.colour_err:
             text = _LABEL_COLOURS[stream] + text + _PLAIN
         return text + b" "
-
-
-class Silent(Printer):
-    """No output at all: exit codes and the summary only."""
-
-    def output(self, node: int, stream: int, data: bytes) -> None:
-        pass
 
 
 class Labelled(Printer):
@@ -318,7 +312,6 @@ def make_printer(
         Form.GATHERED: Gathered,
         Form.GATHERED_ALL: Gathered,
         Form.JSON: JsonLines,
-        Form.SILENT: Silent,
     }
     printer = kinds[style.form](names, streams, style)
     return PerFile(printer, append) if append else printer

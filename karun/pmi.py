@@ -1,16 +1,15 @@
 """PMI-1, the language in which MPICH's start-up speaks to its launcher.  Sans-I/O.
 
-A `Proxy` on every node serves the ranks there; proxies form the tree that the agents form.  Each
-rank writes commands into its descriptor (PMI_FD), a line each, and waits for the answer:
+A `Proxy` on every node serves the ranks there.  Each rank writes commands into its descriptor
+(PMI_FD), a line each, and waits for the answer:
 
     cmd=init pmi_version=1 pmi_subversion=1      cmd=response_to_init rc=0 ...
     cmd=put kvsname=K key=card-0 value=V         cmd=put_result rc=0 msg=success
     cmd=barrier_in                               (when all ranks are there) cmd=barrier_out
     cmd=get kvsname=K key=card-1                 cmd=get_result rc=0 msg=success value=V
 
-What is put travels only at a barrier: up with it, merged from node to node, and from the root down
-to everybody; so a `get` is answered on the node.  One barrier of any number of ranks is one message
-up and one down on every edge of the tree.
+What is put travels only at a barrier: up with it, merged on the way (karun/agent/barrier.py), and
+from the head down to everybody; so a `get` is answered on the node.
 
 Invariants
   * an answer depends on what was put before the last barrier, and by the node's own ranks since;
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
+    "MISSED",
     "Abort",
     "Action",
-    "BarrierDown",
     "BarrierUp",
     "Proxy",
     "Reply",
@@ -44,6 +43,8 @@ KVSNAME_SIZE_MAX, KEY_SIZE_MAX, VALUE_SIZE_MAX = 256, 64, 1024
 """What MPICH's Hydra offers."""
 PUT_COUNT_MAX = 4096
 """Of each rank between two barriers."""
+
+MISSED = "ended while others wait for it in a barrier"
 
 _NEW, _RUNNING, _IN_BARRIER, _DONE, _GONE = range(5)
 _REFUSED = {
@@ -63,21 +64,14 @@ class Reply:
 
 
 class BarrierUp:
-    """For the parent: all ranks of this subtree are in the barrier; here is what they put."""
+    """All ranks of this node are in the barrier, and this is what they put; or all are over."""
 
-    __slots__ = ("payload",)
+    __slots__ = ("left", "payload")
 
-    def __init__(self, payload: bytes) -> None:
+    def __init__(self, payload: bytes, left: int) -> None:
         self.payload = payload
-
-
-class BarrierDown:
-    """For every child: all ranks are in the barrier; here is what all of them put."""
-
-    __slots__ = ("payload",)
-
-    def __init__(self, payload: bytes) -> None:
-        self.payload = payload
+        self.left = left
+        """A rank that will be in no barrier any more, as no other of this node will; or -1."""
 
 
 class Abort:
@@ -89,7 +83,7 @@ class Abort:
         self.rank, self.code, self.reason = rank, code, reason
 
 
-Action = Reply | BarrierUp | BarrierDown | Abort
+Action = Reply | BarrierUp | Abort
 
 
 def environment(rank: int, size: int, fd: int, local: tuple[int, int]) -> dict[str, str]:
@@ -122,10 +116,11 @@ def process_mapping(ranks_per_node: Sequence[int]) -> str:
 class _Rank:
     """A process on this node."""
 
-    __slots__ = ("buffer", "in_spawn", "put_count", "state")
+    __slots__ = ("buffer", "has_spoken", "in_spawn", "put_count", "state")
 
     def __init__(self) -> None:
         self.state = _NEW
+        self.has_spoken = False
         self.buffer = b""
         self.in_spawn = False
         self.put_count = 0
@@ -136,30 +131,17 @@ class _Broken(Exception):
 
 
 class Proxy:
-    """The ranks of one node, and the proxies of its children in the tree.
-
-    *children* are whatever names them in `from_child`.  Leave out a child without ranks below it.
-    """
+    """The ranks of one node."""
 
     def __init__(
-        self,
-        kvs_name: str,
-        size: int,
-        ranks: Iterable[int],
-        children: Iterable[int] = (),
-        *,
-        is_root: bool = False,
-        mapping: str = "",
+        self, kvs_name: str, size: int, ranks: Iterable[int], *, mapping: str = ""
     ) -> None:
         self._kvs_name = kvs_name
         self._size = size
         self._ranks = {rank: _Rank() for rank in ranks}
-        self._children = set(children)
-        self._is_root = is_root
         self._stored: dict[str, str] = {"PMI_process_mapping": mapping} if mapping else {}
         self._fresh: dict[str, str] = {}
-        """What came since the last barrier, from ranks here and below."""
-        self._arrived: set[int] = set()
+        """What ranks here put since the last barrier."""
         self._aborted = False
 
     def receive(self, rank: int, data: bytes) -> list[Action]:
@@ -188,18 +170,26 @@ class Proxy:
             return self._abort(rank, 1, "ended without MPI_Finalize")
         return self._advance()
 
-    def from_child(self, child: int, payload: bytes) -> list[Action]:
-        """A child's subtree is in the barrier.  A second word in one barrier changes nothing."""
-        if self._aborted or child not in self._children or child in self._arrived:
+    def exited(self, rank: int, code: int, signal: int = 0) -> list[Action]:
+        """A rank's process has ended, after its descriptor."""
+        if self._ranks[rank].has_spoken or not (code or signal):
             return []
-        self._arrived.add(child)
-        for key, value in _unpack(payload):
-            self._fresh.setdefault(key, value)
-        return self._advance()
+        how = f"was killed by signal {signal}" if signal else f"ended with exit code {code}"
+        return self._abort(rank, 128 + signal if signal else code, f"{how} before MPI_Init")
 
-    def from_parent(self, payload: bytes) -> list[Action]:
-        """Every rank of the run is in the barrier."""
-        return [] if self._aborted else self._release(payload)
+    def released(self, payload: bytes) -> list[Action]:
+        """Every rank of the run is in the barrier; this is what all of them put."""
+        if self._aborted:
+            return []
+        for key, value in _unpack(payload):
+            self._stored.setdefault(key, value)
+        self._fresh.clear()
+        actions: list[Action] = []
+        for rank, process in self._ranks.items():
+            if process.state == _IN_BARRIER:
+                process.state, process.put_count = _RUNNING, 0
+                actions.append(Reply(rank, b"cmd=barrier_out\n"))
+        return actions
 
     def _line(self, rank: int, process: _Rank, line: bytes) -> list[Action]:
         if len(line) > LINE_SIZE_MAX:
@@ -252,7 +242,7 @@ class Proxy:
     def _init(self, process: _Rank, words: Mapping[str, str]) -> str:
         if process.state != _NEW:
             raise _Broken("init twice")
-        process.state = _RUNNING
+        process.state, process.has_spoken = _RUNNING, True
         version = "pmi_version=1 pmi_subversion=1"
         if words.get("pmi_version") != "1":
             process.state = _NEW
@@ -302,29 +292,15 @@ class Proxy:
         return [Reply(rank, b"cmd=spawn_result rc=-1 status=not_supported\n")]
 
     def _advance(self) -> list[Action]:
-        """Pass the barrier on if the whole subtree is in it."""
+        """Pass the barrier on if all ranks are in it, or never will be."""
         states = {rank: process.state for rank, process in self._ranks.items()}
         waiting = [rank for rank, state in states.items() if state == _IN_BARRIER]
         left = [rank for rank, state in states.items() if state in (_DONE, _GONE)]
-        if left and (waiting or self._arrived):
-            return self._abort(left[0], 1, "ended while others wait for it in a barrier")
-        everyone = len(waiting) == len(states) and self._arrived == self._children
-        if self._aborted or not everyone or not (waiting or self._arrived):
+        if left and waiting:
+            return self._abort(left[0], 1, MISSED)
+        if self._aborted or max(len(waiting), len(left)) < len(states):
             return []
-        payload = _pack(self._fresh)
-        return self._release(payload) if self._is_root else [BarrierUp(payload)]
-
-    def _release(self, payload: bytes) -> list[Action]:
-        for key, value in _unpack(payload):
-            self._stored.setdefault(key, value)
-        self._fresh.clear()
-        self._arrived.clear()
-        actions: list[Action] = [BarrierDown(payload)] if self._children else []
-        for rank, process in self._ranks.items():
-            if process.state == _IN_BARRIER:
-                process.state, process.put_count = _RUNNING, 0
-                actions.append(Reply(rank, b"cmd=barrier_out\n"))
-        return actions
+        return [BarrierUp(_pack(self._fresh), left[0] if left else -1)]
 
     def _abort(self, rank: int, code: int, reason: str) -> list[Action]:
         if self._aborted:

@@ -19,14 +19,21 @@ from dataclasses import dataclass
 
 from karun.naming import Folding
 
-__all__ = ["CODE_TIMED_OUT", "CODE_UNREACHABLE", "STAGE_LOST", "STAGE_TIMEOUT", "Result", "Results"]
+__all__ = [
+    "CODE_STOPPED", "CODE_TIMED_OUT", "CODE_UNREACHABLE", "STAGE_LOST", "STAGE_STOPPED",
+    "STAGE_TIMEOUT", "Result", "Results",
+]  # fmt: skip
 
 CODE_UNREACHABLE = 255
 CODE_TIMED_OUT = 124
+CODE_STOPPED = 137
+"""As of anything that SIGKILL ended."""
 STAGE_TIMEOUT = "timeout"
 """The stage of a failure that says: the command had its time."""
 STAGE_LOST = "lost"
 """The stage of a failure that says: the node was there, and is gone."""
+STAGE_STOPPED = "stopped"
+"""The stage of a failure that says: karun ended the command, because of another node."""
 REASON_SIZE_MAX = 300
 
 
@@ -35,15 +42,22 @@ class State(enum.Enum):
 
     EXITED = "exited"
     SIGNALLED = "signalled"
+    STOPPED = "stopped"
     TIMED_OUT = "timed_out"
     UNREACHABLE = "unreachable"
     LOST = "lost"
     UNFINISHED = "unfinished"
 
 
-_FAILED_AT = {STAGE_TIMEOUT: State.TIMED_OUT, STAGE_LOST: State.LOST}
-_OWN_CODE = (State.EXITED, State.SIGNALLED)
+_FAILED_AT = {
+    STAGE_TIMEOUT: State.TIMED_OUT,
+    STAGE_LOST: State.LOST,
+    STAGE_STOPPED: State.STOPPED,
+}
+_CODES = {State.TIMED_OUT: CODE_TIMED_OUT, State.STOPPED: CODE_STOPPED}
+_OWN_CODE = (State.EXITED, State.SIGNALLED, State.STOPPED)
 _WORDS = {
+    State.STOPPED: "stopped",
     State.TIMED_OUT: "command timed out",
     State.UNREACHABLE: "unreachable",
     State.LOST: "lost",
@@ -95,7 +109,7 @@ class Results:
     def failed(self, node: int, reason: str, stage: str) -> bool:
         """The node or the command was given up; return whether that is news."""
         state = _FAILED_AT.get(stage, State.UNREACHABLE)
-        code = CODE_TIMED_OUT if state is State.TIMED_OUT else CODE_UNREACHABLE
+        code = _CODES.get(state, CODE_UNREACHABLE)
         return self._set(node, Result(state, code, reason=printable(reason)))
 
     def __getitem__(self, node: int) -> Result:

@@ -1,7 +1,7 @@
 """What `karun run` does with its options: a `Run`, a printer, standard input, interruptions.
 
-Ctrl-C on a terminal: once says who is being waited for, twice stops everything.  Without a
-terminal once is enough.
+On a terminal a line says how far it is.  Ctrl-C: once says who is being waited for, as ENTER does;
+twice stops everything.  Without a terminal once is enough.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 import trio
 
 from karun import api, nodes
+from karun.connectors import Connector
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
+from karun.mpi import Program, unit_names
 from karun.options import TERMINAL, Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
@@ -27,6 +29,8 @@ __all__ = ["Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
+STDIN = 0
+BACKGROUND_S = 1.0
 DRAW_S = 0.3
 
 
@@ -57,9 +61,9 @@ class Where:
             everyone=self.everyone,
         )
 
-    def run(self, names: list[str]) -> api.Run:
-        """Return the run over these nodes, not yet entered."""
-        connector = api.connector(
+    def connector(self, names: list[str]) -> Connector:
+        """Return how these nodes are called."""
+        return api.connector(
             self.via,
             user=self.user,
             ssh_config=self.ssh_config,
@@ -67,16 +71,20 @@ class Where:
             fast_ssh=not self.no_fast_ssh,
             sample=names[0],
         )
+
+    def run(self, names: list[str]) -> api.Run:
+        """Return the run over these nodes, not yet entered."""
         limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
-        return api.Run(names, connector, limits=limits)
+        return api.Run(names, self.connector(names), limits=limits)
 
 
 def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
-    with printing(options, nodes.Names(names)) as printer:
+    units = unit_names(names, options.ranks) if options.mpi else names
+    with printing(options, nodes.Names(units)) as printer:
         try:
-            return trio.run(_run, where.run(names), options, printer)
+            return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
             raise api.alone(group) from None
 
@@ -99,29 +107,50 @@ class _Prints:
         self._printer.failed(rank, reason, stage)
 
 
-async def _run(run: api.Run, options: Options, printer: Printer) -> int:
-    argv, line = options.words()
-    ended = False
-    progress = Progress(nodes.Names(run.nodes), printer.results)
+async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Names) -> int:
+    ended, abort_code = False, 0
+    progress = Progress(units, printer.results)
+    stdin = None if options.no_stdin or sys.stdin.isatty() else _stdin(progress)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_interruptions, progress, nursery.cancel_scope)
         if os.isatty(STDERR):
             nursery.start_soon(_draw, progress)
+            if os.isatty(STDIN):
+                nursery.start_soon(_enters, progress)
         async with run:
-            await run.command(
-                argv,
-                sink=_Prints(printer, nursery.cancel_scope.cancel),
-                stdin=None if options.no_stdin or sys.stdin.isatty() else _stdin(progress),
-                line=line,
-                pty=options.pty,
-                cwd=options.cwd,
-                env=dict(setting.partition("=")[::2] for setting in options.env),
-                limit_s=options.limit_s,
-            )
+            sink = _Prints(printer, nursery.cancel_scope.cancel)
+            if options.mpi:
+                _ends, abort_code = await run.mpi(_program(options, stdin), sink=sink)
+            else:
+                await _command(run, options, stdin, sink)
             ended = True
         nursery.cancel_scope.cancel()
     code = printer.finish()
-    return code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
+    return abort_code or code if ended or not TERMINAL.has_reader else EXIT_INTERRUPTED
+
+
+async def _command(
+    run: api.Run, options: Options, stdin: AsyncIterator[bytes] | None, sink: api.Sink
+) -> None:
+    argv, line = options.words()
+    await run.command(
+        argv,
+        sink=sink,
+        stdin=stdin,
+        line=line,
+        pty=options.pty,
+        cwd=options.cwd,
+        env=options.settings(),
+        limit_s=options.limit_s,
+    )
+
+
+def _program(options: Options, stdin: AsyncIterator[bytes] | None) -> Program:
+    argv, line = options.words()
+    return Program(
+        argv, options.ranks, line=line, cwd=options.cwd, env=options.settings(),
+        limit_s=options.limit_s, stdin=stdin,
+    )  # fmt: skip
 
 
 async def _stdin(progress: Progress) -> AsyncIterator[bytes]:
@@ -135,7 +164,7 @@ async def _draw(progress: Progress) -> None:
     """Keep a status line at the foot of the terminal, until cancelled."""
     started = trio.current_time()
     columns = shutil.get_terminal_size().columns
-    line = StatusLine(_to_terminal, started=started, columns=columns)
+    line = StatusLine(TERMINAL.draw, started=started, columns=columns)
     TERMINAL.before = line.clear
     try:
         while True:
@@ -145,10 +174,6 @@ async def _draw(progress: Progress) -> None:
     finally:
         line.clear()
         TERMINAL.before = None
-
-
-def _to_terminal(data: bytes) -> None:
-    os.write(STDERR, data)
 
 
 async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
@@ -161,6 +186,23 @@ async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
                 scope.cancel()
                 return
             last = now
-            for line in progress.status(now - started):
-                TERMINAL.write(STDERR, line.encode() + b"\n")
+            _tell(progress, now - started)
             TERMINAL.write(STDERR, b"karun: ^C again stops everything\n")
+
+
+async def _enters(progress: Progress) -> None:
+    """Answer ENTER with whom the run waits for, while the terminal is ours to read."""
+    started = trio.current_time()
+    while True:
+        await trio.lowlevel.wait_readable(STDIN)
+        if os.tcgetpgrp(STDIN) != os.getpgrp():  # reading in the background would stop us
+            await trio.sleep(BACKGROUND_S)
+        elif os.read(STDIN, CHUNK_SIZE):
+            _tell(progress, trio.current_time() - started)
+        else:
+            return
+
+
+def _tell(progress: Progress, elapsed_s: float) -> None:
+    for line in progress.status(elapsed_s):
+        TERMINAL.write(STDERR, line.encode("utf-8", "replace") + b"\n")

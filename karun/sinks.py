@@ -41,6 +41,11 @@ class Terminal:
     def is_terminal(self, stream: int) -> bool:
         return os.isatty(self._fds[stream])
 
+    def draw(self, data: bytes) -> None:
+        """Write a status line: without taking one away before, and without a fuss."""
+        with contextlib.suppress(OSError):
+            os.write(self._fds[STDERR], data)
+
     def write(self, stream: int, data: bytes) -> None:
         """Write all of it; raises KaError if the stream is full (a disk) or broken."""
         if stream in self._gone:

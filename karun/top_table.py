@@ -4,13 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from karun.naming import Folding
 from karun.top import COLUMNS, Row
 
-__all__ = ["to_table"]
+__all__ = ["Screen", "to_table"]
+
+OTHER_ROWS = 6
+"""Title, heading, total, and what stands between them."""
+
+
+class Screen:
+    """The terminal, given back as it was; a context manager."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._live = Live(console=self._console, screen=True, auto_refresh=False)
+
+    def __enter__(self) -> Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._live.stop()
+
+    def show(
+        self, rows: Sequence[Row], total: Sequence[str], names: Folding, *, title: str
+    ) -> None:
+        """Draw the table, as many rows as there is room for."""
+        room = max(1, self._console.height - OTHER_ROWS)
+        table = to_table(rows[:room], total, names, title=title)
+        if len(rows) > room:
+            table.caption = f"{len(rows) - room} more rows"
+        self._live.update(table, refresh=True)
 
 
 def to_table(

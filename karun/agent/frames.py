@@ -40,6 +40,7 @@ RECALL = 9
 # Up: child to parent.
 ATTACH = 16
 EVENT = 17
+BARRIER = 18
 # To the parent only.
 ASK = 20
 RETURN = 21
@@ -56,12 +57,16 @@ COMMAND = 1
 INPUT = 2
 INPUT_END = 3
 SIGNAL = 4
+WORLD = 5
+RANK = 6
+PASSED = 7
 # What an EVENT tells.
 OUTPUT = 1
 EXITED = 2
 FAILED = 3
 LOST = 4
 CONSUMED = 5
+ABORTED = 6
 
 
 class FrameError(ValueError):

@@ -100,6 +100,10 @@ class Hub:
         for channel in list(self.children):
             channel.send_raw(data)
 
+    def below(self) -> list[int]:
+        """Return the nodes to which there is a way."""
+        return list(self._routes)
+
     def drop(self, rank: int) -> None:
         """Forget the way to a node: the head has given it up."""
         self._routes.pop(rank, None)
@@ -117,6 +121,8 @@ class Hub:
         elif kind == frames.EVENT:
             if self._routes.get(rank) is channel:  # else it came this way once, and tells it again
                 self._up(kind, rank, payload)
+        elif kind == frames.BARRIER:
+            self._up(kind, rank, payload)
         elif kind == frames.ATTACH:
             self._attached(channel, rank, payload)
         else:

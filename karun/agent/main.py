@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .hub import Hub
     from .loop import Timer
     from .rejoin import Rejoin
+    from .world import Worlds
 
 SETUP_S = 60.0
 QUIT_S = 2.0
@@ -61,6 +62,7 @@ class Agent:
         self._hub: Hub | None = None
         self._keeper = Keeper(self.loop)
         self._processes: dict[int, Process] = {}
+        self._worlds: Worlds | None = None
         self._rejoin: Rejoin | None = None
         self._patience: Timer | None = None
         """Runs out when the way back has been looked for long enough."""
@@ -91,6 +93,8 @@ class Agent:
         self._up.send(
             frames.ATTACH, self._setup.rank, self._member.attach(self._setup.parent, boot_id())
         )
+        if self._worlds is not None:
+            self._worlds.again()
 
     def _tell(self, kind: int, *parts: bytes | str | int) -> None:
         payload = self._member.event(kind, *parts)
@@ -110,6 +114,12 @@ class Agent:
         if self._up is not None and self._up.held_size > HELD_SIZE_MAX and self._hub is not None:
             self._up.drained = self._drained
             self._hub.pause(True)
+
+    def _from_below(self, kind: int, rank: int, payload: bytes) -> None:
+        if kind == frames.BARRIER:
+            self._world().take(payload)
+        else:
+            self._send_up(kind, rank, payload)
 
     def _drained(self) -> None:
         assert self._hub is not None
@@ -213,6 +223,9 @@ class Agent:
         if kind == frames.COMMAND:
             self._run(sequence, fields)
             return
+        if kind in (frames.WORLD, frames.RANK, frames.PASSED):
+            self._obey_world(sequence, kind, fields)
+            return
         process = self._processes.get(frames.number(fields[0]))
         if kind == frames.INPUT:
             if process is not None:
@@ -224,7 +237,31 @@ class Agent:
         elif process is not None and kind == frames.SIGNAL:
             process.signal(frames.number(fields[1]))
 
-    def _run(self, command: int, fields: list[bytes]) -> None:
+    def _obey_world(self, sequence: int, kind: int, fields: list[bytes]) -> None:
+        worlds = self._world()
+        first = frames.number(fields[0])
+        if kind == frames.WORLD:
+            worlds.begin(sequence, first)
+        elif kind == frames.RANK:
+            self._run(sequence, fields[2:], (first, frames.number(fields[1])))
+        else:
+            worlds.passed(first, frames.number(fields[1]), fields[2])
+
+    def _world(self) -> Worlds:
+        if self._worlds is None:
+            from .world import Worlds
+
+            assert self._setup is not None
+            self._worlds = Worlds(
+                self.loop, self._setup, self._tell, self._tell_parent,
+                lambda: self._hub.below() if self._hub is not None else (),
+            )  # fmt: skip
+        return self._worlds
+
+    def _run(
+        self, command: int, fields: list[bytes], place: tuple[int, int] | None = None
+    ) -> None:
+        """Start a command; *place*: as a rank of an MPI program, its world and local rank."""
         assert self._setup is not None
         flags, limit_ms, cwd, words, settings, members = fields
         if members and not _is_member(members, self._setup.rank):
@@ -245,16 +282,24 @@ class Agent:
 
         def exited(code: int, signal: int) -> None:
             del self._processes[command]
+            if place is not None:
+                self._world().ended(*place, code, signal)
             self._tell(frames.EXITED, command, code, signal)
 
         process = Process(self.loop, self._keeper, output, exited)
         process.consumed = lambda size: self._tell(frames.CONSUMED, command, size)
         self._processes[command] = process
+        third = -1
+        if place is not None:
+            more, third = self._world().place(*place)
+            env.update(more)
         process.start(
             argv, env, frames.text(cwd),
             pty=b"p" in flags, fed=b"i" in flags, limit_s=frames.number(limit_ms) / 1000,
-            task=b"t" in flags,
+            task=b"t" in flags, third=third,
         )  # fmt: skip
+        if third >= 0:
+            os.close(third)
 
     def _call(self, payload: bytes) -> None:
         dialling, nodes, *times_us = frames.unpack(payload)
@@ -282,7 +327,7 @@ class Agent:
             data = zlib.compress(archive.read(), 9)
         self._hub = Hub(
             self.loop, self._setup, dialling, data,
-            up=self._send_up, tell_parent=self._tell_parent, lost=self._child_lost,
+            up=self._from_below, tell_parent=self._tell_parent, lost=self._child_lost,
             failed=self._call_failed, local="SSH_CONNECTION" not in os.environ,
         )  # fmt: skip
 

@@ -65,18 +65,19 @@ class Process:
 
     def start(
         self, argv: list[str], env: dict[str, str], cwd: str,
-        *, pty: bool, fed: bool, limit_s: float, task: bool = False,
+        *, pty: bool, fed: bool, limit_s: float, task: bool = False, third: int = -1,
     ) -> None:  # fmt: skip
         """Start *argv*, a command or a task of the agent's own (karun/agent/task.py).
 
         What prevents it is told as the shell does, with code 126 or 127.
+        third: a descriptor that a command gets as its 3; it stays the caller's.
         """
         try:
             if task:
                 self._fork(argv, env, cwd, fed=fed)
             else:
                 program = _find(argv[0], env.get("PATH", os.defpath), cwd)
-                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed)
+                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed, third=third)
         except OSError as error:
             self._output(2, f"karun: {error.filename or argv[0]}: {error.strerror}\n".encode())
             missing = isinstance(error, FileNotFoundError) and error.filename != cwd
@@ -120,8 +121,9 @@ class Process:
                     self._loop.watch(fd, READ, self._reader(fd))
 
     def _spawn(
-        self, argv: list[str], env: dict[str, str], cwd: str, *, pty: bool, fed: bool
-    ) -> None:
+        self, argv: list[str], env: dict[str, str], cwd: str,
+        *, pty: bool, fed: bool, third: int,
+    ) -> None:  # fmt: skip
         null = os.open("/dev/null", os.O_RDWR)
         theirs = [null]
         back = os.open(".", os.O_RDONLY | os.O_DIRECTORY) if cwd else -1
@@ -130,6 +132,8 @@ class Process:
                 actions = self._on_terminal(theirs)
             else:
                 actions = self._on_pipes(theirs, null, fed)
+            if third >= 0:
+                actions.append((os.POSIX_SPAWN_DUP2, third, 3))
             if cwd:
                 os.chdir(cwd)
             self.pid = os.posix_spawn(

@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-TASKS = ("place", "give", "relay")
+TASKS = ("place", "give", "relay", "watch")
 CODE_BROKEN = 70
 
 
@@ -58,6 +58,10 @@ def _main_of(name: str) -> Callable[[list[str]], int]:
         from . import give
 
         return give.main
+    if name == "watch":
+        from . import watch
+
+        return watch.main
     from . import heavy
 
     return heavy.relay

@@ -1,7 +1,7 @@
 """A little MPI launcher for tests: real processes, a tree of `karun.pmi` proxies, no network.
 
-Each node of the world is a proxy; node 0 is the root, node n's parent is (n - 1) // 2.  Messages
-between proxies are handed over at once, in the order in which they come.
+Node 0 is the root, node n's parent is (n - 1) // 2.  Messages between nodes are handed over at
+once, in the order in which they come.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import os
 import selectors
 import socket
 import subprocess
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from karun.agent.barrier import Gathering
 from karun.pmi import (
+    MISSED,
     Abort,
     Action,
-    BarrierDown,
     BarrierUp,
     Proxy,
     Reply,
@@ -40,48 +40,75 @@ class Tree:
         self.replies: list[tuple[int, bytes]] = []
         self.aborts: list[Abort] = []
         self.messages = 0
-        self._proxies = []
+        self._proxies: list[Proxy] = []
+        self._gatherings = [Gathering() for _ in ranks_per_node]
+        self._subtrees = [_bits(_subtree(node, ranks_per_node)) for node in range(count)]
         for node, ranks in enumerate(ranks_per_node):
             first = len(self.node_of)
             self.node_of |= dict.fromkeys(range(first, first + ranks), node)
-            children = [child for child in (2 * node + 1, 2 * node + 2) if child < count]
-            proxy = Proxy(
-                kvs_name,
-                size,
-                range(first, first + ranks),
-                children,
-                is_root=node == 0,
-                mapping=process_mapping(ranks_per_node),
+            mapping = process_mapping(ranks_per_node)
+            self._proxies.append(
+                Proxy(kvs_name, size, range(first, first + ranks), mapping=mapping)
             )
-            self._proxies.append((proxy, children))
 
     def receive(self, rank: int, data: bytes) -> None:
         node = self.node_of[rank]
-        self._do(node, self._proxies[node][0].receive(rank, data))
+        self._do(node, self._proxies[node].receive(rank, data))
 
     def closed(self, rank: int) -> None:
         node = self.node_of[rank]
-        self._do(node, self._proxies[node][0].closed(rank))
+        self._do(node, self._proxies[node].closed(rank))
+
+    def exited(self, rank: int, code: int) -> None:
+        node = self.node_of[rank]
+        self._do(node, self._proxies[node].exited(rank, code))
 
     def _do(self, node: int, actions: list[Action]) -> None:
-        queue = deque((node, action) for action in actions)
-        while queue:
-            here, action = queue.popleft()
+        for action in actions:
             if isinstance(action, Reply):
                 self.replies.append((action.rank, action.data))
-            elif isinstance(action, Abort):
-                self.aborts.append(action)
             elif isinstance(action, BarrierUp):
-                self.messages += 1
-                parent = (here - 1) // 2
-                found = self._proxies[parent][0].from_child(here, action.payload)
-                queue.extend((parent, one) for one in found)
+                self._gatherings[node].bring(1 << node, action.payload, action.left)
+                self._climb(node)
             else:
-                assert isinstance(action, BarrierDown)
-                for child in self._proxies[here][1]:
-                    self.messages += 1
-                    found = self._proxies[child][0].from_parent(action.payload)
-                    queue.extend((child, one) for one in found)
+                self.aborts.append(action)
+
+    def _climb(self, node: int) -> None:
+        """Pass on what is whole, from parent to parent, and down again from the root."""
+        while self._gatherings[node].has(self._subtrees[node]):
+            if node == 0:
+                self._reached(self._gatherings[0])
+                return
+            news = self._gatherings[node].news(0)
+            if news is None:
+                return
+            self.messages += 1
+            node = (node - 1) // 2
+            self._gatherings[node].take(news)
+
+    def _reached(self, root: Gathering) -> None:
+        if not root.waits:
+            return
+        if root.left >= 0:
+            self.aborts.append(Abort(root.left, 1, MISSED))
+            return
+        number, puts = root.number, root.puts
+        for node, gathering in enumerate(self._gatherings):
+            self.messages += node > 0
+            gathering.passed(number)
+            self._do(node, self._proxies[node].released(puts))
+
+
+def _subtree(node: int, ranks_per_node: Sequence[int]) -> list[int]:
+    """Return the nodes with ranks at or below a node."""
+    if node >= len(ranks_per_node):
+        return []
+    below = [one for child in (1, 2) for one in _subtree(2 * node + child, ranks_per_node)]
+    return ([node] if ranks_per_node[node] else []) + below
+
+
+def _bits(nodes: Sequence[int]) -> int:
+    return sum(1 << node for node in nodes)
 
 
 @dataclass(slots=True)

@@ -244,13 +244,6 @@ def test_quiet_is_silent_on_exit_codes_but_not_on_lost_nodes() -> None:
     assert screen.err == "karun: node1: unreachable (no route to host)\n"
 
 
-def test_silent_prints_the_summary_only() -> None:
-    show, screen = printer(Form.SILENT)
-    show.output(0, STDOUT, b"a\n")
-    all_exit(show, {1: 3})
-    assert (screen.out, screen.err) == ("", "karun: node2: exited with exit code 3\n")
-
-
 # ---------------------------------------------------------------- JSON
 
 

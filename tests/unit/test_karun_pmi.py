@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from karun.pmi import KEY_SIZE_MAX, LINE_SIZE_MAX, Abort, Action, Proxy, Reply, process_mapping
+from karun.agent.barrier import Gathering
+from karun.agent.frames import FrameError
+from karun.pmi import (
+    KEY_SIZE_MAX,
+    LINE_SIZE_MAX,
+    Abort,
+    Action,
+    BarrierUp,
+    Proxy,
+    Reply,
+    process_mapping,
+)
 from tests.support.pmi_world import Tree
 
 INIT = b"cmd=init pmi_version=1 pmi_subversion=1\n"
@@ -14,8 +27,36 @@ BARRIER = b"cmd=barrier_in\n"
 OUT = b"cmd=barrier_out\n"
 
 
-def alone(*ranks: int) -> Proxy:
-    return Proxy("kvs_7", len(ranks), ranks, is_root=True)
+class Alone:
+    """The only node: its barriers are passed as soon as it is in them."""
+
+    def __init__(self, *ranks: int) -> None:
+        self._proxy = Proxy("kvs_7", len(ranks), ranks)
+
+    def receive(self, rank: int, data: bytes) -> list[Action]:
+        found: list[Action] = []
+        for piece in data.splitlines(keepends=True):  # a rank waits for its answer
+            found += self._passed(self._proxy.receive(rank, piece))
+        return found
+
+    def closed(self, rank: int) -> list[Action]:
+        return self._passed(self._proxy.closed(rank))
+
+    def exited(self, rank: int, code: int, signal: int = 0) -> list[Action]:
+        return self._passed(self._proxy.exited(rank, code, signal))
+
+    def _passed(self, actions: list[Action]) -> list[Action]:
+        found: list[Action] = []
+        for action in actions:
+            if isinstance(action, BarrierUp):
+                found += self._proxy.released(action.payload) if action.left < 0 else []
+            else:
+                found.append(action)
+        return found
+
+
+def alone(*ranks: int) -> Alone:
+    return Alone(*ranks)
 
 
 def replies(actions: list[Action]) -> list[bytes]:
@@ -226,11 +267,90 @@ def test_garbage_gives_replies_or_one_abort(pieces: list[bytes]) -> None:
 
 
 @given(st.binary(max_size=100))
-def test_garbage_from_a_neighbour_raises_nothing(payload: bytes) -> None:
-    proxy = Proxy("k", 2, [0], [1], is_root=True)
-    proxy.from_child(1, payload)
+def test_garbage_from_a_neighbour_is_an_error_of_frames_or_nothing(payload: bytes) -> None:
+    with contextlib.suppress(FrameError):
+        Gathering().take(payload)
+    proxy = Proxy("k", 1, [0])
     proxy.receive(0, INIT + BARRIER)
-    proxy.from_parent(payload)
+    proxy.released(payload)
+
+
+@pytest.mark.parametrize("end", [{"code": 3}, {"code": 0, "signal": 11}])
+def test_a_rank_that_fails_before_init_aborts_the_run_with_its_code(end: dict[str, int]) -> None:
+    proxy = alone(0, 1)
+    assert proxy.closed(0) == []
+    found = abort_of(proxy.exited(0, **end))
+    assert (found.rank, found.code) == (0, 139 if "signal" in end else 3)
+    assert proxy.exited(1, 0) == []
+
+
+def test_a_rank_that_fails_after_finalize_ends_for_itself() -> None:
+    proxy = alone(0)
+    proxy.receive(0, INIT + b"cmd=finalize\n")
+    assert proxy.closed(0) == proxy.exited(0, 3) == []
+
+
+def test_a_node_whose_ranks_are_over_ends_a_barrier_that_others_wait_in() -> None:
+    tree = Tree([1, 1, 2])
+    for rank in (0, 2, 3):
+        tree.receive(rank, INIT + BARRIER)
+    assert tree.aborts == []
+    tree.closed(1)
+    assert [(one.rank, one.code) for one in tree.aborts] == [(1, 1)]
+
+
+def test_a_program_that_ends_everywhere_ends_in_peace() -> None:
+    tree = Tree([1, 1, 2])
+    for rank in range(4):
+        tree.receive(rank, INIT + BARRIER)
+    for rank in range(4):
+        tree.receive(rank, b"cmd=finalize\n")
+        tree.closed(rank)
+        tree.exited(rank, 0)
+    assert tree.aborts == []
+
+
+# What relays gather.
+
+
+def gathered(*nodes: int, left: int = -1) -> Gathering:
+    found = Gathering()
+    for node in nodes:
+        found.bring(1 << node, b"key-%d value\n" % node, left)
+    return found
+
+
+def test_what_is_brought_twice_or_over_two_ways_counts_once() -> None:
+    head = Gathering()
+    for part in (gathered(1, 2), gathered(1, 2), gathered(2, 1), gathered(3)):
+        news = part.news(9)
+        assert news is not None
+        head.take(news)
+    assert head.has(0b1110)
+    assert not head.has(0b1111)
+    assert sorted(head.puts.splitlines()) == [b"key-1 value", b"key-2 value", b"key-3 value"]
+
+
+def test_news_is_told_once_and_again_only_to_another_parent() -> None:
+    ours = gathered(1)
+    first = ours.news(9)
+    assert first is not None
+    assert ours.news(9) is None
+    ours.forget()
+    assert ours.news(9) == first
+    ours.bring(1 << 2, b"", -1)
+    assert ours.news(9) is not None
+
+
+def test_an_earlier_barrier_is_passed_over_and_a_later_one_begins_anew() -> None:
+    late, early, relay = gathered(1), gathered(2), Gathering()
+    late.passed(1)
+    late.bring(1 << 1, b"second 1\n", -1)
+    for part in (late, early):
+        news = part.news(9)
+        assert news is not None
+        relay.take(news)
+    assert (relay.number, relay.nodes, relay.puts) == (2, 0b10, b"second 1\n")
 
 
 @pytest.mark.parametrize(

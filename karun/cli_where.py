@@ -1,0 +1,48 @@
+"""The options of the command line that say which nodes, and how they are reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import click
+
+from karun.connectors import TREES, VIAS
+from karun.running import Where
+
+__all__ = ["split", "where_options"]
+
+
+def where_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say which nodes, and how they are reached."""
+    options = (
+        click.option("-w", "nodes", multiple=True, metavar="NODES",
+                     help="Nodes: a node set, @group, ^file, -."),
+        click.option("-x", "excluded", multiple=True, metavar="NODES", help="But not these."),
+        click.option("-g", "groups", multiple=True, metavar="GROUP", help="The nodes of a group."),
+        click.option("-a", "everyone", is_flag=True, help="All nodes that the groups know."),
+        click.option("--hostfile", "hostfiles", multiple=True, metavar="FILE",
+                     help="Nodes from a file."),
+        click.option("--via", type=click.Choice(VIAS), default="ssh", show_default=True,
+                     help="Connector."),
+        click.option("--ssh-config", metavar="FILE", help="For ssh, instead of the user's own."),
+        click.option("--no-fast-ssh", is_flag=True, help="Leave the order of key exchanges alone."),
+        click.option("-l", "user", metavar="USER", help="Log in as this user."),
+        click.option("-f", "fanout", type=click.IntRange(1, 4096), default=64, show_default=True,
+                     help="Calls at a time, of one caller."),
+        click.option("--tree", type=click.Choice(TREES), default=TREES[0], show_default=True,
+                     help="Whether nodes call nodes."),
+        click.option("-t", "connect_s", type=click.FloatRange(min=0.1), default=15.0,
+                     show_default=True, help="Seconds until a node must have answered."),
+    )  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def split(options: dict[str, Any]) -> tuple[Where, dict[str, Any]]:
+    """Return where a command goes, and its own options."""
+    names = {field.name for field in fields(Where)}
+    where = Where(**{name: options.pop(name) for name in names})
+    return where, options

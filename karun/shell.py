@@ -1,0 +1,208 @@
+"""What `karun shell` does: a prompt, and the nodes that stay connected behind it.
+
+Two threads.  The main one has the terminal: it reads lines (karun/prompt_loop.py) and hears Ctrl-C
+and ENTER while a command runs.  The other runs trio, and holds the runs.  They meet in `_Job`s,
+which the first hands over through trio's token, and in a pipe on which the second says that one is
+done.  Output is printed by the second, while the first waits.
+
+Nodes are called when they are first needed and kept; one that was lost or could not be reached is
+called again by the next command for it, as after a reboot.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Sequence
+from time import monotonic
+
+import trio
+
+from common.errors import KaError
+from karun.api import Run
+from karun.lines import STDERR
+from karun.nodes import Names
+from karun.options import TERMINAL, Options, printing
+from karun.output import Form, Printer
+from karun.progress import Progress
+from karun.prompt import FORMS, Settings
+from karun.prompt_loop import history_file, loop, with_history
+from karun.roster import State
+from karun.running import AGAIN_S, EXIT_INTERRUPTED, Where
+
+__all__ = ["main"]
+
+STDIN = 0
+
+
+def main(where: Where) -> int:
+    """Obey the prompt until its end; return the exit code of the last command."""
+    settings = Settings(tuple(where.names()))
+    with _Nodes(where) as held:
+        held.begin(_Job(settings.nodes))  # they are called while the first line is typed
+        if not os.isatty(STDIN):
+            return loop(settings, held.run, read=lambda _prompt: input())
+        with with_history(history_file()):
+            return loop(settings, held.run)
+
+
+class _Job:
+    """A command for some nodes, from one thread to the other; without a text, only call them."""
+
+    def __init__(
+        self, names: Sequence[str], text: str = "", printer: Printer | None = None
+    ) -> None:
+        self.names, self.text, self.printer = names, text, printer
+        self.scope = trio.CancelScope()
+        self.error: KaError | None = None
+
+
+class _Nodes:
+    """The thread that holds the nodes, seen from the other one; a context manager."""
+
+    def __init__(self, where: Where) -> None:
+        self._held = _Held(where)
+        self._thread = threading.Thread(target=trio.run, args=(self._held.serve,))
+
+    def __enter__(self) -> _Nodes:
+        self._thread.start()
+        self._held.there.wait()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._held.token.run_sync_soon(self._held.over.set)
+        self._thread.join()
+        self._held.close()
+
+    def begin(self, job: _Job) -> None:
+        self._held.token.run_sync_soon(self._held.begin, job)
+
+    def run(self, settings: Settings, text: str) -> int:
+        """Run a command, print, and return its exit code; raises KaError."""
+        names = Names(settings.nodes)
+        with printing(_options(settings), names) as printer:
+            job = _Job(settings.nodes, text, printer)
+            self.begin(job)
+            self._wait(job, Progress(names, printer.results))
+            if job.error is not None:
+                raise job.error
+            code = printer.finish()
+        return EXIT_INTERRUPTED if job.scope.cancel_called else code
+
+    def _wait(self, job: _Job, progress: Progress) -> None:
+        """Wait for the end of a job; ENTER and Ctrl-C ask how far it is, Ctrl-C twice ends it."""
+        started, last = monotonic(), -AGAIN_S
+        sources = [self._held.done_fd, *([STDIN] if os.isatty(STDIN) else [])]
+        while True:
+            try:
+                ready = select.select(sources, [], [])[0]
+                if self._held.done_fd in ready:
+                    os.read(self._held.done_fd, 1)
+                    return
+                os.read(STDIN, 4096)
+            except KeyboardInterrupt:
+                if monotonic() - last < AGAIN_S:
+                    self._held.token.run_sync_soon(job.scope.cancel)
+                    continue
+                last = monotonic()
+            for line in progress.status(monotonic() - started):
+                TERMINAL.write(STDERR, line.encode("utf-8", "replace") + b"\n")
+
+
+def _options(settings: Settings) -> Options:
+    form, by_line = FORMS[settings.form]
+    return Options(
+        command=(),
+        gather=form is Form.GATHERED,
+        gather_all=form is Form.GATHERED_ALL,
+        by_line=by_line,
+    )
+
+
+class _Held:
+    """The runs, on trio."""
+
+    def __init__(self, where: Where) -> None:
+        self._where = where
+        self._at: dict[str, tuple[Run, int]] = {}
+        """For each node: the run that it is in, and its rank there."""
+        self.done_fd, self._tell_fd = os.pipe()
+        self.there = threading.Event()
+        self.token: trio.lowlevel.TrioToken
+        self.over: trio.Event
+
+    async def serve(self) -> None:
+        """Hold nodes and run jobs until `over` is set."""
+        self.token, self.over = trio.lowlevel.current_trio_token(), trio.Event()
+        async with trio.open_nursery() as self._nursery:
+            self.there.set()
+            await self.over.wait()
+            self._nursery.cancel_scope.cancel()
+
+    def close(self) -> None:
+        os.close(self.done_fd)
+        os.close(self._tell_fd)
+
+    def begin(self, job: _Job) -> None:
+        self._nursery.start_soon(self._carry_out, job)
+
+    async def _carry_out(self, job: _Job) -> None:
+        try:
+            with job.scope:
+                await self._call([name for name in job.names if self._is_out(name)])
+                if job.printer is not None:
+                    await self._command(job.names, job.text, job.printer)
+        except KaError as error:
+            job.error = error
+        finally:
+            if job.printer is not None:
+                os.write(self._tell_fd, b".")
+
+    def _is_out(self, name: str) -> bool:
+        if name not in self._at:
+            return True
+        run, rank = self._at[name]
+        return run.engine.roster.states[rank] is State.FAILED
+
+    async def _call(self, names: list[str]) -> None:
+        if names:
+            run = self._where.run(names)
+            await self._nursery.start(_hold, run)
+            self._at.update({name: (run, rank) for rank, name in enumerate(names)})
+
+    async def _command(self, names: Sequence[str], text: str, printer: Printer) -> None:
+        places: dict[Run, dict[int, int]] = {}
+        for place, name in enumerate(names):
+            run, rank = self._at[name]
+            places.setdefault(run, {})[rank] = place
+        async with trio.open_nursery() as nursery:
+            for run, ranks in places.items():
+                nursery.start_soon(_command, run, text, _Part(printer, ranks))
+
+
+async def _hold(run: Run, task_status: trio.TaskStatus[None]) -> None:
+    async with run:
+        task_status.started()
+        await trio.sleep_forever()
+
+
+async def _command(run: Run, text: str, part: _Part) -> None:
+    await run.command([text], line=True, sink=part, ranks=list(part.places))
+
+
+class _Part:
+    """The nodes of one run among those that a printer knows."""
+
+    def __init__(self, printer: Printer, places: dict[int, int]) -> None:
+        self._printer = printer
+        self.places = places
+
+    def output(self, rank: int, stream: int, data: bytes) -> None:
+        self._printer.output(self.places[rank], stream, data)
+
+    def exited(self, rank: int, code: int, signal: int) -> None:
+        self._printer.exited(self.places[rank], code, signal)
+
+    def failed(self, rank: int, stage: str, reason: str) -> None:
+        self._printer.failed(self.places[rank], reason, stage)
