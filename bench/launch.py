@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -131,6 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--systems", default="", help="comma-separated; all without")
     parser.add_argument("--no-install", action="store_true")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sshd and its keys go
     try:
         packages.ensure(PROGRAMS, may_install=not options.no_install)
     except KaError as error:

@@ -82,6 +82,11 @@ class Link:
     def connected(self) -> bool:
         return self._connection is not None and self._connection.is_open
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the peer is connected, and on this host."""
+        return self._connection is not None and self._connection.is_local and self.connected
+
     async def connect(self) -> Connection:
         """Return the living connection, made now if need be; one attempt."""
         connection = self._connection

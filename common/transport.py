@@ -118,6 +118,11 @@ class Connection:
         return self._error is None
 
     @property
+    def is_local(self) -> bool:
+        """Whether the peer is on this host for sure."""
+        return self._sock.family == socket.AF_UNIX
+
+    @property
     def in_flight_count(self) -> int:
         return len(self._pending)
 

@@ -1,6 +1,7 @@
 """`kaboot check`: what would keep machines from booting, found before they try.
 
-Reads only, and writes nothing but a temporary file for `dnsmasq --test`.  A problem is something
+Changes nothing: it reads, writes a temporary file for `dnsmasq --test`, and asks the network who
+gives out addresses.  A problem is something
 that will not work; a remark is something that somebody may have meant.
 
 Not here: mistakes in the inventory's own text, which is refused when it is read (inventory.py).
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kaboot import dhcp
+from kaboot import dhcp, probe
 from kaboot.model import Inventory, Mode
 from kaboot.stage import needed_loaders
 
@@ -82,12 +83,14 @@ def _programs(inventory: Inventory) -> Iterator[Finding]:
 
 def _network(inventory: Inventory) -> Iterator[Finding]:
     site = inventory.site
-    if not Path("/sys/class/net", site.interface).exists():
+    if site.interface not in (name for _, name in socket.if_nameindex()):
         yield Finding(True, f"no network interface {site.interface}")
         return
     address = _address_of(site.interface)
     if address != str(site.address):
         yield Finding(True, f"{site.interface} has the address {address}, not {site.address}")
+    else:
+        yield from _servers(inventory)
 
 
 def _address_of(interface: str) -> str:
@@ -98,6 +101,25 @@ def _address_of(interface: str) -> str:
         except OSError:
             return "none"
     return socket.inet_ntoa(answer[20:24])
+
+
+def _servers(inventory: Inventory) -> Iterator[Finding]:
+    """Ask who gives out addresses, if that can be asked here."""
+    site = inventory.site
+    try:
+        others = probe.ask(site.interface) - {site.address}
+    except OSError as error:
+        yield Finding(False, f"cannot ask for other DHCP servers: {error.strerror}")
+        return
+    names = ", ".join(str(server) for server in sorted(others))
+    if site.mode is Mode.DHCP and others:
+        yield Finding(
+            True, f"another DHCP server answers here, {names}: end it, or mode = proxy or site"
+        )
+    elif site.mode is not Mode.DHCP and not others:
+        yield Finding(True, f"no DHCP server answers here, and in mode {site.mode.value} one must")
+    elif others:
+        yield Finding(False, f"addresses are given by {names}")
 
 
 def _nodes(inventory: Inventory) -> Iterator[Finding]:

@@ -57,11 +57,15 @@ class Control:
         """Read an inventory file and open its store; raises KaError."""
         inventory = inventory_file.load(path)
         state = Path(inventory.site.state)
+        made = not store_path(inventory).exists()
         try:
             state.mkdir(mode=0o755, parents=True, exist_ok=True)
+            strange = made and any(state.iterdir())
         except OSError as error:
             raise KaError(Code.USAGE, f"{state}: cannot make it: {error.strerror}") from None
-        made = not store_path(inventory).exists()
+        if strange:
+            # The server will own it: not a directory that is somebody else's already.
+            raise KaError(Code.USAGE, f"'state' {state} is neither empty nor kaboot's")
         control = cls(inventory, Store.open(store_path(inventory)))
         if made and os.geteuid() == 0:
             # The server, which gives up root, must be able to write what root made.

@@ -1,10 +1,14 @@
 """dnsmasq under supervision: started, listened to, started again.
 
 Owns the process.  When it ends by itself it is started again, after a pause that doubles up to
-`PAUSE_S_MAX`; its last words are logged.  It dies with this process, whatever kills it: two of them
-on one network would be a mess.
+`PAUSE_S_MAX`; if it never ran at all, its last line is an error for the administrator.  It dies
+with this process, whatever kills it: two of them on one network would be a mess.
 
-Tasks: `run` alone; `restart` and `reread` may be called from others.
+Its lines go through a bounded queue: dnsmasq stands still when nobody reads them, and so would DHCP
+if the store were slow.  When the queue is full, lines are lost, and counted.
+
+Tasks: `run`, with one that listens and one that hands on; `restart` and `reread` may be called from
+others.
 Not here: its configuration (dhcp.py) and what its lines mean (dnsmasq_log.py).
 """
 
@@ -30,6 +34,7 @@ LIVED_S = 30.0
 """Who lived so long had no trouble at its start: the pause is short again."""
 STOP_TIMEOUT_S = 3.0
 LINE_SIZE_MAX = 4096
+LINES_MAX = 20_000
 
 _log = log.get("kaboot.dnsmasq")
 
@@ -53,18 +58,31 @@ class Dnsmasq:
             f"--pid-file={config.with_suffix('.pid')}",
         ]
         self._on_line = on_line
+        self._lines, self._waiting = trio.open_memory_channel[str](LINES_MAX)
+        self._lost = 0
+        self._last = "it said nothing"
         self._process: subprocess.Popen[bytes] | None = None
         self._wanted_restart = False
-        self.starts = 0
         self.started = trio.Event()
         """Set when it has said that it runs."""
 
     async def run(self) -> None:
         """Keep it running until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hand_on)
+            await self._supervise()
+
+    async def _hand_on(self) -> None:
+        async for line in self._waiting:
+            await self._on_line(line)
+
+    async def _supervise(self) -> None:
         pause_s = PAUSE_S_MIN
         while True:
             begin = trio.current_time()
             await self._once()
+            if not self.started.is_set():
+                raise KaError(Code.USAGE, f"dnsmasq does not start: {self._last}")
             if self._wanted_restart:
                 self._wanted_restart = False
                 continue
@@ -85,10 +103,6 @@ class Dnsmasq:
         if self._process is not None:
             self._process.send_signal(signal.SIGHUP)
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     async def _once(self) -> None:
         # Started in this thread, which lives as long as the process: the kernel ties the death
         # signal to the thread that started it.
@@ -98,7 +112,6 @@ class Dnsmasq:
         )  # fmt: skip
         assert process.stderr is not None
         self._process = process
-        self.starts += 1
         try:
             # The stream owns a descriptor of its own.
             fd = process.stderr.fileno()
@@ -117,13 +130,18 @@ class Dnsmasq:
             *lines, rest = (rest + data).split(b"\n")
             rest = rest[:LINE_SIZE_MAX]
             for line in lines:
-                text = line[:LINE_SIZE_MAX].decode("utf-8", "replace")
+                text = self._last = line[:LINE_SIZE_MAX].decode("utf-8", "replace").strip()
                 _log.debug("dnsmasq.says", line=text)
                 if "started, version" in text:
                     self.started.set()
                 elif "FAILED" in text or text.startswith("dnsmasq: failed"):
                     _log.error("dnsmasq.failed", line=text)
-                await self._on_line(text)
+                try:
+                    self._lines.send_nowait(text)
+                except trio.WouldBlock:
+                    self._lost += 1
+                    if self._lost.bit_count() == 1:  # 1, 2, 4, 8 ...
+                        _log.warning("dnsmasq.lines_lost", count=self._lost)
 
 
 async def _end(process: subprocess.Popen[bytes]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pwd
+from collections.abc import Iterable
 from pathlib import Path
 
 from common.errors import Code, KaError
@@ -38,8 +39,8 @@ class _Data(ctypes.Structure):
     ]
 
 
-def become(user: str, own: Path) -> None:
-    """Become a user who owns the directory `own` and all in it; raises KaError.
+def become(user: str, own: Iterable[Path]) -> None:
+    """Become a user who owns these files and directories; raises KaError.
 
     Without root, or for the user root, only gaining privileges is given up.
     """
@@ -49,7 +50,7 @@ def become(user: str, own: Path) -> None:
             entry = pwd.getpwnam(user)
         except KeyError:
             raise KaError(Code.USAGE, f"no user {user} on this host ('user' in [site])") from None
-        for path in (own, *own.rglob("*")):
+        for path in own:
             os.chown(path, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
         _call(libc.prctl, _PR_SET_KEEPCAPS, 1, 0, 0, 0)
         os.setgroups([])

@@ -32,7 +32,7 @@ from kaboot.http import serve_http
 from kaboot.model import Inventory
 from kaboot.privileges import become
 from kaboot.service import Service
-from kaboot.stage import Staged, stage, stage_dhcp
+from kaboot.stage import Staged, owned, stage, stage_dhcp
 from kaboot.store import Store
 
 __all__ = ["serve"]
@@ -53,7 +53,7 @@ def serve(path: Path, *, ready_fd: int | None = None) -> None:
         for missing in staged.missing:
             _log.error("loader.missing", path=missing)
         listener = _listen(inventory)
-        become(site.user, Path(site.state))
+        become(site.user, owned(inventory))
         with listener, Store.open(store_path(inventory)) as store:
             work = partial(_run, path, inventory, staged, store, listener, ready_fd)
             try:
@@ -151,16 +151,24 @@ class _Watcher:
     async def run(self) -> None:
         while True:
             await trio.sleep(WATCH_S)
-            mark = await trio.to_thread.run_sync(inventory_file.mark, self._path)
-            learned = await self._service.call(self._store.learned)
-            if (mark, learned) == (self._mark, self._learned) or not mark:
-                # A step may have been set, or somebody's time in the gate be over.
-                await self._service.render_grub()
-                continue
-            if mark != self._mark:
-                await self._reload()
-            self._mark, self._learned = mark, learned
-            await self._apply(self._file.with_learned(learned))
+            try:
+                await self._look()
+            except (KaError, OSError) as error:
+                # A full disk, say.  What is served goes on as it is.
+                _log.error("watch.failed", reason=error)
+
+    async def _look(self) -> None:
+        mark = await trio.to_thread.run_sync(inventory_file.mark, self._path)
+        learned = await self._service.call(self._store.learned)
+        if (mark, learned) == (self._mark, self._learned) or not mark:
+            # A step may have been set, or somebody's time in the gate be over.
+            await self._service.render_grub()
+            return
+        if mark != self._mark:
+            self._mark = mark
+            await self._reload()
+        await self._apply(self._file.with_learned(learned))
+        self._learned = learned
 
     async def _reload(self) -> None:
         try:

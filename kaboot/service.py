@@ -4,7 +4,7 @@ The one place where inventory, store, gate and scripts meet while kaboot serves.
 to requests it does no I/O of its own but the store's, in one thread, one call at a time.
 
 Invariants
-  * a stage of a boot is in the store before the answer is sent;
+  * a stage of a boot is in the store before the answer is sent, or its loss in the log;
   * a report moves a node only from the address the machine is known at;
   * what is kept in memory about strangers is bounded.
 
@@ -30,6 +30,7 @@ from typing import TypeVar
 import trio
 
 from common import log
+from common.errors import KaError
 from kaboot import naming, scripts
 from kaboot.control import node_assignment
 from kaboot.dnsmasq_log import LogEvent, neighbour, parse_line
@@ -323,7 +324,11 @@ class Service:
     async def _saw(self, machine: Machine, node: Node | None, stage: str, detail: str) -> None:
         name = node.name if node is not None else ""
         _log.info("boot.stage", node=name or machine.mac, stage=stage, detail=detail)
-        await self.call(self._store.saw, machine, name, stage, detail, time.time_ns())
+        try:
+            await self.call(self._store.saw, machine, name, stage, detail, time.time_ns())
+        except KaError as error:
+            # A full disk must not keep machines from booting.
+            _log.error("event.lost", reason=error)
 
     def _mac_at(self, address: str) -> str:
         """Return the machine at an address, empty if it is not known.

@@ -17,14 +17,14 @@ Not here: what is in the files (dhcp.py, scripts.py), starting dnsmasq (dnsmasq.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kaboot import dhcp, scripts
 from kaboot.model import Arch, Inventory
 
-__all__ = ["GrubFiles", "Staged", "needed_loaders", "stage", "stage_dhcp", "tftp_root"]
+__all__ = ["GrubFiles", "Staged", "needed_loaders", "owned", "stage", "stage_dhcp", "tftp_root"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,22 @@ class Staged:
     config_changed: bool
     hosts_changed: bool
     missing: tuple[str, ...] = ()
+
+
+def owned(inventory: Inventory) -> list[Path]:
+    """Return what the server must be able to write: this module's files, the store and the lock."""
+    state = Path(inventory.site.state)
+    return [state, *(path for path in state.iterdir() if path.is_file()), *_tree(state / "tftp")]
+
+
+def _tree(directory: Path) -> Iterator[Path]:
+    """A directory and all in it; what links lead to is somebody else's."""
+    yield directory
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _tree(path)
+        else:
+            yield path
 
 
 def tftp_root(inventory: Inventory) -> Path:

@@ -1,7 +1,11 @@
 """What kaboot remembers: steps of nodes, machines seen, names learned, and every boot stage.
 
-One SQLite file, mode 0600, shared by the server and the commands.  Write-ahead logging with full
-syncs: what a call returned from is there after a kill or a loss of power.  Times are arguments.
+One SQLite file, mode 0600, shared by the server and the commands, with a write-ahead log.  What a
+call returned from is there after a kill; steps and names after a loss of power too.  Events are not
+synced one by one: a room that boots makes thousands, and dnsmasq waits for nobody.  Times are
+arguments.
+
+A write that fails raises KaError EIO, and nothing of it is there.
 
 Invariants
   * a change of a step and the event that tells of it are one transaction;
@@ -99,7 +103,7 @@ class Store:
             raise KaError(Code.USAGE, f"{path}: cannot open: {reason}") from None
         try:
             connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA synchronous = NORMAL")
             _ensure_schema(path, connection)
         except sqlite3.Error as error:
             connection.close()
@@ -142,7 +146,7 @@ class Store:
         self, nodes: Sequence[str], assignment: Assignment, now_ns: int, *, why: str
     ) -> None:
         """Set the step of nodes, all of them or none."""
-        with self._transaction():
+        with self._transaction(durable=True):
             for node in nodes:
                 self._assign(node, assignment, now_ns, why)
 
@@ -153,7 +157,7 @@ class Store:
 
         `before` is also what a node without an assignment has by the inventory.
         """
-        with self._transaction():
+        with self._transaction(durable=True):
             if (self.assignment(node) or before) != before:
                 return False
             self._assign(node, assignment, now_ns, why)
@@ -172,8 +176,7 @@ class Store:
         """Record a stage of a machine's boot; facts that are empty leave the old ones."""
         with self._transaction():
             self._event(now_ns, machine.mac, node, stage, detail)
-            (count,) = self._db.execute("SELECT count(*) FROM machine").fetchone()
-            if count >= MACHINES_MAX and not self._is_known(machine.mac):
+            if not self._is_known(machine.mac) and self._count_machines() >= MACHINES_MAX:
                 return
             self._db.execute(
                 """
@@ -220,6 +223,10 @@ class Store:
     def _is_known(self, mac: str) -> bool:
         return bool(self._db.execute("SELECT 1 FROM machine WHERE mac = ?", (mac,)).fetchone())
 
+    def _count_machines(self) -> int:
+        (count,) = self._db.execute("SELECT count(*) FROM machine").fetchone()
+        return int(count)
+
     def _event(self, now_ns: int, mac: str, node: str, stage: str, detail: str) -> None:
         cursor = self._db.execute(
             "INSERT INTO event (at_ns, mac, node, stage, detail) VALUES (?, ?, ?, ?, ?)",
@@ -238,7 +245,7 @@ class Store:
 
     def learn(self, mac: str, node: str, now_ns: int, *, why: str) -> bool:
         """Give a machine that was seen its name, unless it or the name is taken meanwhile."""
-        with self._transaction():
+        with self._transaction(durable=True):
             taken = self._db.execute("SELECT 1 FROM machine WHERE node = ?", (node,)).fetchone()
             if taken:
                 return False
@@ -255,7 +262,7 @@ class Store:
     def forget(self, names: Sequence[str]) -> list[str]:
         """Undo learning, by node or MAC, and forget the machine; return the MACs forgotten."""
         forgotten: list[str] = []
-        with self._transaction():
+        with self._transaction(durable=True):
             for name in names:
                 rows = self._db.execute(
                     "DELETE FROM machine WHERE node = ? OR mac = ? RETURNING mac", (name, name)
@@ -274,14 +281,19 @@ class Store:
             self._db.executemany("INSERT INTO learning VALUES (?, ?)", list(enumerate(names)))
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def _transaction(self, *, durable: bool = False) -> Iterator[None]:
+        """Write, all or nothing; durable: on stable storage at the end of the block."""
         try:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+            self._db.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise KaError(Code.EIO, f"{self.path}: cannot write: {error}") from None
             raise
-        self._db.execute("COMMIT")
 
 
 def _ensure_schema(path: Path, connection: sqlite3.Connection) -> None:

@@ -198,9 +198,10 @@ class Engine:
         self._hub.broadcast(frames.QUIT, b"")
 
     def close(self) -> None:
-        """Drop all connections and calls."""
+        """Drop all connections and calls, and end what connectors are left."""
         self.closed = True
         self._hub.close()
+        self.loop.end_children()
         self.loop.close()
 
     # What comes up.
@@ -286,11 +287,13 @@ class Engine:
         ranks = self.roster.lost(rank, parent)
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
-            self.loop.at(wait_s, lambda: self._give_up(ranks, rank, reason))
+            losses = {one: self.roster.loss_counts[one] for one in ranks}
+            self.loop.at(wait_s, lambda: self._give_up(losses, rank, reason))
 
-    def _give_up(self, ranks: list[int], through: int, reason: str) -> None:
-        for rank in ranks:
-            if self.roster.states[rank] is State.DETACHED:
+    def _give_up(self, losses: dict[int, int], through: int, reason: str) -> None:
+        for rank, loss in losses.items():
+            is_same = self.roster.loss_counts[rank] == loss
+            if is_same and self.roster.states[rank] is State.DETACHED:
                 below = "" if rank == through else f", with {self.nodes[through]}"
                 self._fail(rank, "lost", f"lost{below}: {reason}")
 

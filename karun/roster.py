@@ -44,6 +44,8 @@ class Roster:
     def __init__(self, size: int) -> None:
         self.states = [State.ABSENT] * size
         self.parents = [frames.HEAD] * size
+        self.loss_counts = [0] * size
+        """How often each has lost its way: a wait for its return is about one loss."""
         self._incarnations = [b""] * size
         self._boot_ids = [b""] * size
         self._applied = [0] * size
@@ -119,6 +121,7 @@ class Roster:
         found = list(self.below(rank))
         for one in found:
             self.states[one] = State.DETACHED
+            self.loss_counts[one] += 1
         return found
 
     def below(self, rank: int) -> Iterator[int]:

@@ -76,6 +76,11 @@ class IodLinks:
     def iods(self) -> list[int]:
         return sorted(self._links)
 
+    def is_local(self, iod: int) -> bool:
+        """Whether we are connected to an iod that is on this host."""
+        link = self._links.get(iod)
+        return link is not None and link.is_local
+
     def iods_of(self, layout: Layout, column: int) -> tuple[int, ...]:
         """Return the iods that hold a column, head of the chain first."""
         chain = layout.chains[column]

@@ -61,7 +61,7 @@ ID_MAX = (1 << 32) - 1
 BLOCK_SIZE = 32 * 1024
 """Bytes under one checksum; the unit of reads from an iod."""
 CHUNK_SIZE_MIN = 64 * 1024
-CHUNK_SIZE_DEFAULT = 1024 * 1024
+CHUNK_SIZE_DEFAULT = 4 * 1024 * 1024
 CHUNK_SIZE_MAX = 8 * 1024 * 1024
 """A chunk's sums fit into its 4 KiB header: 8 bytes for each 32 KiB block."""
 STRIPE_WIDTH_MAX = 255

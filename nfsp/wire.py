@@ -563,3 +563,29 @@ class IodStatus(NamedTuple):
 class IodStatusReply(NamedTuple):
     status: bytes
     """A msgpack map of names and numbers; docs/operations.md#status names them."""
+
+
+@IOD.message(20)
+class Locate(NamedTuple):
+    """Tell a reader on the same host where one chunk lies on the disk -> `LocateReply`."""
+
+    epoch: int
+    ino: int
+    column: int
+    row: int
+    chunk_size: int
+
+
+@IOD.message(21)
+class LocateReply(NamedTuple):
+    path: bytes
+    """Of the chunk file; empty: there is none."""
+    file_ino: int
+    """Its inode number in the local file system."""
+    offset: int
+    """Where the chunk's data begin in it."""
+    sums: bytes
+    """As in `ReadReply`, for every block of the chunk.
+
+    Nothing is held for the reader: only data that fit their sums are the chunk's.
+    """

@@ -9,6 +9,7 @@ attributes.  Others fail loudly.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 
@@ -19,6 +20,8 @@ __all__ = ["Place"]
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 WALKED_COUNT_MAX = 64
+NAMED_SIZE_MAX = 200
+"""A stage is named after its file, unless the name would become too long."""
 _FORMATS = {
     EntryKind.CHARACTER: stat.S_IFCHR,
     EntryKind.BLOCK: stat.S_IFBLK,
@@ -48,7 +51,12 @@ class Place:
 
     @property
     def _stage_name(self) -> bytes:
-        return STAGE_NAME + (b"-" + self._name if self._name else b"")
+        if not self._name:
+            return STAGE_NAME
+        name = self._name
+        if len(name) > NAMED_SIZE_MAX:
+            name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
+        return STAGE_NAME + b"-" + name
 
     def open_stage(self) -> int:
         """Return a descriptor of the directory for what is incomplete."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 from common.broadcast.briefing import Plan, encode_plan
 from common.broadcast.filecache import FileCache
-from common.broadcast.image import Content, Entry, EntryKind, encode_table, image_id
+from common.broadcast.image import STAGE_NAME, Content, Entry, EntryKind, encode_table, image_id
 from common.broadcast.manifest import Algorithm, Manifest
 from common.errors import Code, KaError, from_errno
 
@@ -152,8 +152,8 @@ class Source:
                 path = os.path.join(above, name)
                 full = os.path.join(self._path, path)
                 status = os.lstat(full)
-                if stat.S_ISSOCK(status.st_mode):
-                    continue  # it belongs to a process, not to the tree
+                if stat.S_ISSOCK(status.st_mode) or path.startswith(STAGE_NAME):
+                    continue  # it belongs to a process, or is left of a transfer to here
                 entry = _entry(full, path, status, links, self._sparse)
                 self._entries.append(entry)
                 if entry.kind is EntryKind.DIRECTORY:

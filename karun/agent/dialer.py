@@ -5,9 +5,8 @@ comes of them is told to the plan, to neighbours, and for nodes that are given u
 Work goes from parent to child and back in frames between the two; names go with ranks.
 
 Rules of its own:
-  * a host that is short of processor gets no further calls beyond CALLS_PER_CORE, nor second
-    tries, and its deadlines stretch with the time that calls take: logins cost processor here, and
-    more at once only make all of them late;
+  * a host that is short of processor makes no second tries, and its deadlines stretch with the
+    time that calls take: logins cost processor here, and more of them only make all late;
   * a node that cannot call onwards (no key there, no route), which it knows after VAIN_COUNT calls
     in vain and none that succeeded, hands everything back, the vain ones too;
   * a head that does not know whether its nodes can call lets one try first: `trial`.
@@ -44,9 +43,8 @@ if TYPE_CHECKING:
 
 NOT_FOUND = 127
 VAIN_COUNT = 2
-READY_GUESS_S = 2.0
-"""Before the first node is ready: a login over ssh, some of them at once."""
-CALLS_PER_CORE = 8
+READY_GUESS_S = 5.0
+"""Before the first node is ready: a window full of logins over ssh, on two cores."""
 BUSY_PER_CORE = 4
 """Runnable processes from which on a host is short of processor."""
 STRETCH = 4
@@ -230,8 +228,9 @@ class Dialer:
     def _adapt(self) -> None:
         """Fit the plan to how busy this host is."""
         plan, count = self._plan, len(self._calls)
-        busy = count >= CALLS_PER_CORE * self._cores and _runnable() > BUSY_PER_CORE * self._cores
-        plan.window_count = min(count, self._dialling.window) if busy else self._dialling.window
+        plan.window_count = self._dialling.window
+        if not self._caller.stock and _runnable() > BUSY_PER_CORE * self._cores:
+            plan.window_count = min(count, plan.window_count)
         least_s = STRETCH * plan.ready_s
         plan.stages = (
             ("connect", max(self._dialling.connect_s, least_s)), ("agent", max(AGENT_S, least_s))

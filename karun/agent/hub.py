@@ -1,7 +1,7 @@
 """The lower side of a node of the tree, agent or head: its children, and the ways down.
 
 Invariants
-  * a frame goes down the way on which its node attached last;
+  * a frame goes down, and is taken, on the way on which its node attached last;
   * a child that says nothing for `silence` is lost, unless we ourselves were asleep;
   * a lost child is reported once, and not if it has come back on another connection;
   * what comes up is passed on at once; when the way up is full, children are not read.
@@ -115,7 +115,8 @@ class Hub:
         if frames.ASK <= kind <= frames.CANNOT:
             self.dialer.told(channel.peer, kind, payload)
         elif kind == frames.EVENT:
-            self._up(kind, rank, payload)
+            if self._routes.get(rank) is channel:  # else it came this way once, and tells it again
+                self._up(kind, rank, payload)
         elif kind == frames.ATTACH:
             self._attached(channel, rank, payload)
         else:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
+SIGKILL = 9
 _POLL_S = 0.05
 """How often a child is asked for where the kernel has no pidfd (before 5.3)."""
 
@@ -40,12 +41,13 @@ class Timer:
 class Loop:
     """Calls back when descriptors are ready, times have come, children have ended."""
 
-    __slots__ = ("_epoll", "_handlers", "_timers", "gap_s", "now")
+    __slots__ = ("_children", "_epoll", "_handlers", "_timers", "gap_s", "now")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
+        self._children: set[int] = set()
         self.now = monotonic()
         self.gap_s = 0.0
         """How much later than asked for the last step ran: a sleeper does not judge others."""
@@ -93,6 +95,7 @@ class Loop:
 
     def reap(self, pid: int, ended: Callable[[int], None]) -> None:
         """Call *ended(wait status)* when the child has ended."""
+        self._children.add(pid)
         try:
             fd = os.pidfd_open(pid)
         except (AttributeError, OSError):
@@ -102,6 +105,7 @@ class Loop:
         def over(_events: int) -> None:
             self.unwatch(fd)
             os.close(fd)
+            self._children.discard(pid)
             ended(_status(pid, 0))
 
         self.watch(fd, READ, over)
@@ -111,7 +115,19 @@ class Loop:
         if status < 0:
             self.at(_POLL_S, lambda: self._poll_child(pid, ended))
         else:
+            self._children.discard(pid)
             ended(status)
+
+    def end_children(self) -> None:
+        """Kill the children that are left, with their process groups, and wait for their end."""
+        for pid in self._children:
+            try:
+                os.killpg(pid, SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass
+        for pid in self._children:
+            _status(pid, 0)
+        self._children.clear()
 
     def close(self) -> None:
         self._epoll.close()

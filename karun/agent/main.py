@@ -24,6 +24,7 @@ from .setup import Dialling, Setup
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .hub import Hub
+    from .loop import Timer
     from .rejoin import Rejoin
 
 SETUP_S = 60.0
@@ -61,6 +62,8 @@ class Agent:
         self._keeper = Keeper(self.loop)
         self._processes: dict[int, Process] = {}
         self._rejoin: Rejoin | None = None
+        self._patience: Timer | None = None
+        """Runs out when the way back has been looked for long enough."""
         self._ending = False
         self._next_tick = 0.0
         self.loop.at(SETUP_S, self._never_set_up)
@@ -153,15 +156,13 @@ class Agent:
         self._rejoin = Rejoin(
             self.loop, self._setup, 1 if many and reason == SILENT else 0, self._parent_found
         )
-        self.loop.at(self._setup.reattach_s, self._alone)
-
-    def _alone(self) -> None:
-        if self._up is None:
-            self._quit()
+        self._patience = self.loop.at(self._setup.reattach_s, self._quit)
 
     def _parent_found(self, channel: Channel, rank: int, index: int) -> None:
         assert self._setup is not None
         self._rejoin = None
+        if self._patience is not None:
+            self._patience.cancel()
         self._up = channel
         channel.frame, channel.closed = self._from_above, self._parent_lost
         self._setup.parent = rank

@@ -24,7 +24,8 @@ from common import log
 from common.errors import Code, KaError
 from common.transport import buffers
 from nfsp import wire
-from nfsp.client.iod_client import IodClient, piece_sums
+from nfsp.client.block_sums import piece_sums
+from nfsp.client.iod_client import IodClient
 from nfsp.iod_links import for_each
 from nfsp.model import BLOCK_SIZE, Inode, Layout, following
 from nfsp.striping import Piece, columns_used, data_size_max, pieces

@@ -39,6 +39,8 @@ VALIDATORS_MAX = 65536
 """Files whose unchanged pages the kernel may keep over an open."""
 
 BARE_MAX = 65536
+CAPABILITY_XATTR = b"security.capability"
+"""The kernel asks for it before every write; the inode is not looked at meanwhile."""
 DIRECTORIES_MAX = 4096
 LAYOUT_XATTR = b"user.nfsp.layout"
 """Never stored: the mds makes it up."""
@@ -81,6 +83,10 @@ class Volume:
         """Inode -> `change` of the state that the kernel's pages show."""
         self._bare: OrderedDict[int, float] = OrderedDict()
         """Inode -> until when it may be taken to have no extended attribute."""
+        self._incapable: OrderedDict[int, float] = OrderedDict()
+        """Inode -> until when it may be taken to have no `security.capability`."""
+        self._xattr_changes = 0
+        """How often one was set here."""
         self._directories: OrderedDict[int, tuple[Inode, float]] = OrderedDict()
         """Inode -> a directory as our last change in it left it, and until when that may serve."""
         self._attr_timeout_s = mount.attr_timeout_s
@@ -156,7 +162,17 @@ class Volume:
     async def getxattr(self, ino: int, name: bytes) -> bytes:
         if name != LAYOUT_XATTR and self._is_bare(ino):
             raise KaError(Code.ENODATA)
-        return (await self.mds.request(wire.GetXattr(ino, name), wire.XattrReply)).value
+        if name != CAPABILITY_XATTR:
+            return (await self.mds.request(wire.GetXattr(ino, name), wire.XattrReply)).value
+        if self._incapable.get(ino, 0.0) > time.monotonic():
+            raise KaError(Code.ENODATA)
+        until, changes = time.monotonic() + self._attr_timeout_s, self._xattr_changes
+        try:
+            return (await self.mds.request(wire.GetXattr(ino, name), wire.XattrReply)).value
+        except KaError as error:
+            if error.code is Code.ENODATA and changes == self._xattr_changes:
+                _keep(self._incapable, ino, until, BARE_MAX)
+            raise
 
     async def listxattr(self, ino: int) -> list[bytes]:
         if self._is_bare(ino):
@@ -229,9 +245,15 @@ class Volume:
     async def setxattr(self, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
         self._bare.pop(ino, None)
         self._directories.pop(ino, None)
-        await self.mds.mutate(
-            lambda slot, number: wire.SetXattr(slot, number, ino, name, value, flags), wire.Done
-        )
+        try:
+            await self.mds.mutate(
+                lambda slot, number: wire.SetXattr(slot, number, ino, name, value, flags),
+                wire.Done,
+            )
+        finally:  # what was asked before, or meanwhile, is not to be believed
+            self._xattr_changes += 1
+            self._bare.pop(ino, None)
+            self._incapable.pop(ino, None)
 
     async def removexattr(self, ino: int, name: bytes) -> None:
         self._directories.pop(ino, None)
@@ -360,7 +382,7 @@ class Volume:
     def _is_bare(self, ino: int) -> bool:
         """Whether the inode had no extended attribute when it was last seen, just now.
 
-        The kernel asks for `security.capability` before every write, and `ls` for ACLs.
+        `ls` asks for ACLs, and the kernel for CAPABILITY_XATTR before every write.
         """
         return self._bare.get(ino, 0.0) > time.monotonic()
 

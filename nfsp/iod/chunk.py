@@ -24,6 +24,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from common.checksum import ABSENT, Buffer, digest
 
@@ -209,8 +210,7 @@ def bits_from(bitmap: int) -> Iterator[int]:
         bitmap ^= low
 
 
-@dataclass(frozen=True, slots=True)
-class Overlap:
+class Overlap(NamedTuple):
     """The part [start, end) of one block, counted from the block's beginning."""
 
     block: int
@@ -233,15 +233,16 @@ def block_overlaps(offset: int, length: int) -> list[Overlap]:
 def split_by_block(pieces: Sequence[Buffer], overlaps: Sequence[Overlap]) -> list[list[memoryview]]:
     """Return for each overlap the views of *pieces* that fall into it; nothing is copied."""
     views = iter([memoryview(piece) for piece in pieces if len(piece)])
-    rest = next(views, memoryview(b""))
+    view, at = memoryview(b""), 0
     result = []
     for overlap in overlaps:
         missing = overlap.end - overlap.start
         parts = []
         while missing:
-            part = rest[:missing]
-            parts.append(part)
-            missing -= len(part)
-            rest = rest[len(part) :] if len(part) < len(rest) else next(views, memoryview(b""))
+            if at == len(view):
+                view, at = next(views), 0
+            parts.append(view[at : at + missing])
+            at += len(parts[-1])
+            missing -= len(parts[-1])
         result.append(parts)
     return result

@@ -292,8 +292,10 @@ class ChunkFile:
             self._rows.settle()
 
 
-def _new_sums(rows: ChunkRows, plan: WritePlan, payload: Payload) -> list[int]:
+def _new_sums(rows: ChunkRows, plan: WritePlan, payload: Payload) -> Sequence[int]:
     """Return the sums of the touched blocks as they will be; reads and checks what they keep."""
+    if not plan.merged and not plan.overlaps[0].start:
+        return payload.sums
     sums = []
     for overlap, parts, given in zip(plan.overlaps, payload.parts, payload.sums, strict=True):
         old_end = plan.merged.get(overlap.block)

@@ -88,14 +88,15 @@ def plan_write(header: ChunkHeader, overlaps: Sequence[Overlap]) -> WritePlan:
     assert not header.in_flight, "a chunk is recovered before it is used"
     merged = {}
     intent = absent = 0
-    for overlap in overlaps:
-        if header.sums[overlap.block] == ABSENT:
-            absent |= 1 << overlap.block
+    old = header.sums
+    for block, start, end in overlaps:
+        if old[block] == ABSENT:
+            absent |= 1 << block
             continue
-        intent |= 1 << overlap.block
-        old_end = _old_end(header, overlap.block)
-        if old_end and (overlap.start > 0 or overlap.end < old_end):
-            merged[overlap.block] = old_end
+        intent |= 1 << block
+        old_end = _old_end(header, block)
+        if old_end and (start > 0 or end < old_end):
+            merged[block] = old_end
     barrier = bool(intent & ~header.unsynced)
     data_end = max(header.data_end, overlaps[-1].block * BLOCK_SIZE + overlaps[-1].end)
     return WritePlan(header, overlaps, merged, intent, absent, barrier, data_end)

@@ -32,14 +32,14 @@ from types import TracebackType
 from common.checksum import ABSENT, Buffer, block_sum
 from common.errors import Code, KaError, from_errno
 from nfsp.iod import chunk, chunkplan
-from nfsp.iod.chunk import BLOCK_SIZE, BOOT_ID_SIZE
+from nfsp.iod.chunk import BLOCK_SIZE, BOOT_ID_SIZE, ChunkHeader
 from nfsp.iod.chunkcache import ChunkFileCache
 from nfsp.iod.chunkfile import ChunkFile, Payload
-from nfsp.iod.chunkrows import OpenFile
+from nfsp.iod.chunkrows import ChunkRows, OpenFile
 from nfsp.iod.chunktree import ChunkFileInfo, ChunkTree
 from nfsp.iod.disk import Disk
 
-__all__ = ["ChunkFileInfo", "ChunkStore", "Extent", "Finding", "ReadPlan", "Usage"]
+__all__ = ["ChunkFileInfo", "ChunkStore", "Extent", "Finding", "Place", "ReadPlan", "Usage"]
 
 _BOOT_ID_PATH = Path("/proc/sys/kernel/random/boot_id")
 _RESERVE_BYTES = 64 * 1024 * 1024  # headers and metadata of the local file system
@@ -75,6 +75,16 @@ class Usage:
     available_bytes: int
     files_total: int
     files_free: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one chunk's data begin in which file, and the sums of its blocks."""
+
+    path: str
+    file_inode: int
+    offset: int
+    sums: Sequence[int]
 
 
 class ReadPlan:
@@ -275,6 +285,28 @@ class ChunkStore:
                 return [ABSENT] * (last - first), b""
             header = rows.header(row, chunk_size)
             return list(header.sums[first:last]), rows.read_verified(header, offset, length)
+
+    def locate(self, inode: int, column: int, row: int, *, chunk_size: int) -> Place | None:
+        """Return where a chunk lies, for a reader who checks what is there; None: nowhere."""
+        _check_range(row, 0, 1, chunk_size)
+        with self._locked(inode, column) as file:
+            rows = file.open()
+            if rows is None:
+                return None
+            return self._place(rows, rows.header(row, chunk_size))
+
+    def locate_now(self, inode: int, column: int, row: int, *, chunk_size: int) -> Place | None:
+        """Return what `locate` would, if memory holds it; None: ask again there.  Never waits."""
+        _check_range(row, 0, 1, chunk_size)
+        with self._files.locked_now(inode, column) as file:
+            rows = file.rows if file is not None else None
+            header = rows.known(row, chunk_size) if rows is not None else None
+            return None if rows is None or header is None else self._place(rows, header)
+
+    def _place(self, rows: ChunkRows, header: ChunkHeader) -> Place:
+        path = self._tree.path(header.inode, header.column)
+        start = chunk.data_start(header.row, header.chunk_size)
+        return Place(path, os.fstat(rows.fd).st_ino, start, header.sums)
 
     def trim(self, inode: int, column: int, *, row: int, offset: int, chunk_size: int) -> None:
         """Drop everything at or after that place of the chunk file."""

@@ -30,7 +30,7 @@ from common.session import Identity
 from common.transport import Connection, FilePayload, Reply
 from nfsp import wire
 from nfsp.config import ClusterConfig, IodConfig
-from nfsp.iod.chunkstore import ChunkStore, ReadPlan
+from nfsp.iod.chunkstore import ChunkStore, Place, ReadPlan
 from nfsp.model import CHUNK_SIZE_MAX
 
 __all__ = ["IodServer", "run_iod"]
@@ -48,6 +48,7 @@ _bytes_written = counter("nfsp_iod_written_bytes_total", "Bytes of chunks stored
 _requests = counter("nfsp_iod_requests_total", "Requests served", "operation")
 _reads = _requests.labels(wire.Read.__name__)
 _writes = _requests.labels(wire.Write.__name__)
+_locates = _requests.labels(wire.Locate.__name__)
 _corrupt = counter("nfsp_iod_corrupt_total", "Reads refused because stored data are damaged")
 
 _T = TypeVar("_T")
@@ -89,6 +90,8 @@ class IodServer:
             return self._read_now(message) or self._read(message)
         if type(message) is wire.Write:
             return self._write_new(message, payload) or self._write(message, payload)
+        if type(message) is wire.Locate:
+            return self._locate_now(message) or self._locate(message)
         handler = self._handlers.get(type(message))
         if handler is None:
             raise KaError(Code.PROTOCOL, f"{type(message).__name__} is not a request")
@@ -222,6 +225,19 @@ class IodServer:
             sums, data = await self._in_thread(read)
         return self._data(sums, data)
 
+    def _locate_now(self, m: wire.Locate) -> Reply | None:
+        self._check_epoch(m.epoch)
+        _locates.inc()
+        found = self._store.locate_now(m.ino, m.column, m.row, chunk_size=m.chunk_size)
+        return None if found is None else _place_reply(found)
+
+    async def _locate(self, m: wire.Locate) -> Reply:
+        def locate() -> Place | None:
+            return self._store.locate(m.ino, m.column, m.row, chunk_size=m.chunk_size)
+
+        with self._noting_damage(m):
+            return _place_reply(await self._in_thread(locate))
+
     async def _sync(self, m: wire.SyncChunks, payload: memoryview | None) -> Reply:
         if m.boot and m.boot != self._store.boot_id:
             raise KaError(Code.DATA_LOST, "this machine was started anew since the data came")
@@ -301,7 +317,7 @@ class IodServer:
         return Reply(wire.IOD.encode(wire.IodStatusReply(codec.encode(status))))
 
     @contextmanager
-    def _noting_damage(self, m: wire.Read) -> Iterator[None]:
+    def _noting_damage(self, m: wire.Read | wire.Locate) -> Iterator[None]:
         try:
             yield
         except KaError as error:
@@ -311,6 +327,14 @@ class IodServer:
                     "read.corrupt", ino=m.ino, column=m.column, row=m.row, reason=str(error)
                 )
             raise
+
+
+def _place_reply(place: Place | None) -> Reply:
+    if place is None:
+        return Reply(wire.IOD.encode(wire.LocateReply(b"", 0, 0, b"")))
+    sums = struct.pack(f"<{len(place.sums)}Q", *place.sums)
+    path = os.fsencode(place.path)
+    return Reply(wire.IOD.encode(wire.LocateReply(path, place.file_inode, place.offset, sums)))
 
 
 def _pairs(files: list[Any]) -> list[tuple[int, int]]:

@@ -207,12 +207,7 @@ def test_boot_vm_http_boot_gets_ipxe_which_leaves_the_disk_to_the_firmware(lab: 
 
 
 def test_boot_vm_beside_a_foreign_dhcp_server_with_bios_and_uefi(lab: Lab) -> None:
-    config = lab.directory / "udhcpd.conf"
-    config.write_text(
-        "start 10.78.0.50\nend 10.78.0.60\ninterface eth0\noption subnet 255.255.255.0\n"
-        f"lease_file {lab.directory}/foreign.leases\npidfile {lab.directory}/foreign.pid\n"
-    )
-    lab.start(["busybox", "udhcpd", "-f", config], "foreign.log", foreign=True)
+    lab.foreign_dhcp()
     serve(lab, site='mode = "proxy"')
     boot_bios(lab, "bios", BIOS_MAC)
     boot_uefi(lab, "uefi", UEFI_MAC, secure=False)

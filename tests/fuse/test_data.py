@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from nfsp.model import CHUNK_SIZE_DEFAULT
 from tests.support.cluster import Cluster
 
 GIB = 1 << 30
-CHUNK_SIZE = 1 << 20
+CHUNK_SIZE = CHUNK_SIZE_DEFAULT
 
 
 @pytest.fixture

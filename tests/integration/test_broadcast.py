@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 
+from common.broadcast.briefing import decode_plan
 from common.broadcast.manifest import Algorithm
 from common.broadcast.node import HopOptions
 from common.broadcast.outcome import Verdict
@@ -21,6 +23,7 @@ from common.errors import Code, KaError
 from tests.support.transfers import (
     CHUNK_SIZE,
     Party,
+    Processes,
     damaging,
     file_sinks,
     random_file,
@@ -246,3 +249,47 @@ async def test_a_node_of_another_transfer_is_turned_away(tmp_path: Path) -> None
     error = party.results[2]
     assert isinstance(error, KaError)
     assert error.code is Code.WRONG_CLUSTER
+
+
+def test_a_plan_that_was_tampered_with_is_refused(tmp_path: Path) -> None:
+    random_file(tmp_path / "source", 3 * CHUNK_SIZE)
+    source = Source(str(tmp_path / "source"))
+    source.scan()
+    transfer_id, token = bytes(range(16)), b"t" * 32
+    plan = source.make_plan(
+        transfer_id, token, name="x", chunk_size=CHUNK_SIZE, algorithm=Algorithm.XXH3
+    )
+    source.close()
+    assert decode_plan(plan.encoded, token, transfer_id).manifest == plan.manifest
+    for position in range(len(plan.encoded)):
+        forged = bytearray(plan.encoded)
+        forged[position] ^= 1
+        with pytest.raises(KaError) as caught:
+            decode_plan(bytes(forged), token, transfer_id)
+        assert caught.value.code in (Code.AUTH, Code.PROTOCOL)
+
+
+BARE = """
+import runpy, sys
+sys.modules["xxhash"] = sys.modules["lmdb"] = None
+import msgpack
+assert msgpack.Packer.__module__ == "msgpack.fallback"
+sys.argv[0] = "node"
+runpy.run_module("common.broadcast", run_name="__main__")
+"""
+
+
+def test_a_node_with_nothing_but_an_interpreter_takes_part(tmp_path: Path) -> None:
+    data = random_file(tmp_path / "source", 3 * CHUNK_SIZE + 1)
+    processes = Processes(
+        shape(Kind.CHAIN, 2),
+        tmp_path / "source",
+        lambda rank: tmp_path / f"out{rank}",
+        QUICK,
+        interpreter=["env", "MSGPACK_PUREPYTHON=1", sys.executable, "-c", BARE],
+        algorithm=Algorithm.BLAKE2B,
+    )
+    with processes:
+        assert processes.source.wait() == 0
+    for rank in (1, 2):
+        assert (tmp_path / f"out{rank}").read_bytes() == data

@@ -140,6 +140,16 @@ async def test_extra_files_at_the_destination_are_left_alone(tmp_path: Path) -> 
     assert sorted(os.listdir(target)) == ["file", "other"]
 
 
+async def test_names_as_long_as_can_be_and_leftovers_do_no_harm(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / ".ka-part").mkdir(parents=True)
+    (source / ("n" * 255)).write_bytes(b"long")
+    await copy(source, [target])
+    assert os.listdir(target) == ["n" * 255]
+    await copy(source / ("n" * 255), [tmp_path / ("m" * 255)])
+    assert (tmp_path / ("m" * 255)).read_bytes() == b"long"
+
+
 async def test_data_in_the_place_of_a_hole_do_not_survive(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "target"
     with source.open("wb") as file:

@@ -248,6 +248,22 @@ async def test_a_machine_deaf_to_proxy_offers_is_named_with_the_remedy(
     assert "kaboot render --site" in warnings[0]
 
 
+async def test_machines_boot_on_when_the_event_log_cannot_be_written(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = site.service._store._db
+    (pages,) = database.execute("PRAGMA page_count").fetchone()
+    database.execute(f"PRAGMA max_page_count = {pages}")
+    for number in range(200):
+        mac = f"52-54-00-00-{number:02x}-07"
+        status, _, body = await site.get(f"/ipxe/{mac}?product={'p' * 64}")
+        assert status == 200
+        assert b"sanboot" in body
+        if "event.lost" in caplog.text:
+            break
+    assert "event.lost" in caplog.text
+
+
 # ---------------------------------------------------------------- files
 
 

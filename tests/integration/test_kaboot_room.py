@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,6 +140,48 @@ def test_kea_with_our_lines_gives_each_kind_its_program(
     check_clients(lab)
 
 
+def test_in_mode_site_only_files_are_served_and_no_address_is_given(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY.replace("[site]", '[site]\nmode = "site"'))
+    with pytest.raises(AssertionError, match="no answer"):
+        lab.ask_dhcp(0)
+    for name in (
+        "shimx64.efi",
+        "grub/grub.cfg",
+        "grub/node/52:54:00:00:00:01.cfg",
+        "files/vmlinuz",
+    ):
+        copy = lab.directory / "copy"
+        command = ["busybox", "tftp", "-g", "-r", name, "-l", copy, boot_lab.ADDRESS]
+        subprocess.run(lab.inside(command, foreign=True), check=True, timeout=20)
+        assert copy.read_bytes() == (lab.directory / "state/tftp" / name).read_bytes()
+
+
+def problems(lab: boot_lab.Lab) -> list[str]:
+    """What `kaboot check` in the room finds of DHCP servers."""
+    command = [sys.executable, "-c", "from kaboot.cli import main; main()"]
+    result = subprocess.run(
+        lab.inside([*command, "-c", lab.config, "check"]),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        cwd=boot_lab.ROOT,
+    )
+    assert "Traceback" not in result.stderr
+    return [line for line in result.stdout.splitlines() if "DHCP" in line or "addresses" in line]
+
+
+def test_check_finds_a_second_dhcp_server_or_misses_the_first(lab: boot_lab.Lab) -> None:
+    proxy = INVENTORY.replace("[site]", '[site]\nmode = "proxy"')
+    lab.config.write_text(proxy)
+    assert problems(lab) == ["problem: no DHCP server answers here, and in mode proxy one must"]
+    lab.serve(INVENTORY)
+    assert problems(lab) == [], "our own is not another"
+    lab.foreign_dhcp()
+    wrong = "problem: another DHCP server answers here, 10.78.0.2: end it, or mode = proxy or site"
+    lab.until(lambda: problems(lab) == [wrong], "the foreign server", 30)
+
+
 def status(pid: int, field: str) -> str:
     match = re.search(rf"^{field}:\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     assert match is not None
@@ -198,6 +241,20 @@ def test_a_second_server_is_refused(lab: boot_lab.Lab) -> None:
     lab.serve(INVENTORY)
     with pytest.raises(AssertionError, match="a kaboot already serves from"):
         lab.serve(INVENTORY)
+
+
+def test_a_dnsmasq_that_cannot_start_is_one_line_and_the_end(lab: boot_lab.Lab) -> None:
+    with pytest.raises(AssertionError) as caught:
+        lab.serve(INVENTORY.replace('"br0"', '"br7"'))
+    last = str(caught.value).splitlines()[-1]
+    assert last == "kaboot: dnsmasq does not start: dnsmasq: unknown interface br7"
+    assert "Traceback" not in lab.log()
+
+
+def test_what_the_state_directory_links_to_keeps_its_owner(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY)
+    assert (lab.directory / "files/vmlinuz").stat().st_uid == os.getuid()
+    assert (lab.directory / "state/tftp/undionly.kpxe").stat().st_uid != os.getuid()
 
 
 def test_a_machine_that_appears_while_learning_gets_the_next_name_and_its_address(

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import trio
 
 from karun.agent.frames import HEAD
@@ -22,6 +23,8 @@ from karun.api import Outcome, Run
 from karun.engine import Limits
 from tests.support.karun import Collect
 from tests.support.volumes import until
+
+pytestmark = pytest.mark.slow
 
 NODE_COUNT = int(os.environ.get("KA_KARUN_NODES", "40"))
 LIMITS = Limits(tree=ALWAYS, window=2, ping_s=0.5, reattach_s=5.0)

@@ -93,15 +93,18 @@ async def test_many_strangers_do_not_keep_a_run_from_its_work() -> None:
     assert [outcome.exit_code for outcome in outcomes] == [0, 0]
 
 
-async def test_an_agent_that_lies_about_its_rank_ends_with_its_connection() -> None:
+async def test_what_an_agent_says_wrong_ends_its_connection_and_others_it_cannot_be() -> None:
     async with karun.Run(["a", "b"], "local") as run:
         await run.launched()
-        (first, _second) = run.engine._hub.children
+        channels = {channel.peer: channel for channel in run.engine._hub.children}
+        received = list(run.engine.roster._received)
+        lie = frames.pack(1, 0, frames.LOST, 1, "a lie")
+        channels[0].frame(channels[0], frames.EVENT, 1, lie)
+        channels[0].frame(channels[0], frames.EVENT, 7, lie)
+        assert run.engine.roster._received == received
         for payload in (b"\xff", frames.pack("x"), frames.pack(1, 0, frames.OUTPUT, "x")):
-            with pytest.raises(frames.FrameError):
-                first.frame(first, frames.EVENT, 1, payload)
-        with pytest.raises(frames.FrameError):
-            first.frame(first, frames.EVENT, 7, frames.pack(1, 0, 1))
+            with pytest.raises(frames.FrameError):  # on which the channel closes
+                channels[1].frame(channels[1], frames.EVENT, 1, payload)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

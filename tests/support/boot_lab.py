@@ -20,7 +20,7 @@ from pathlib import Path
 
 from kaboot import Control, Event
 
-__all__ = ["ADDRESS", "FOREIGN", "FOREIGN_MAC", "Lab", "Vm", "lab", "lacking"]
+__all__ = ["ADDRESS", "FOREIGN", "FOREIGN_MAC", "ROOT", "Lab", "Vm", "lab", "lacking"]
 
 ROOT = Path(__file__).parents[2]
 ADDRESS = "10.78.0.1"
@@ -121,6 +121,15 @@ class Lab:
 
     def control(self) -> Control:
         return Control.open(self.config)
+
+    def foreign_dhcp(self) -> None:
+        """Start a DHCP server that is not ours, busybox's; it knows nothing of booting."""
+        config = self.directory / "foreign.conf"
+        config.write_text(
+            "start 10.78.0.50\nend 10.78.0.60\ninterface eth0\noption subnet 255.255.255.0\n"
+            f"lease_file {self.directory}/foreign.leases\npidfile {self.directory}/foreign.pid\n"
+        )
+        self.start(["busybox", "udhcpd", "-f", config], "foreign.log", foreign=True)
 
     def boot(self, name: str, mac: str, *options: str, memory_mib: int = 512) -> Vm:
         """Switch a machine on."""

@@ -120,6 +120,7 @@ PURE: frozenset[str] = frozenset(
         "karun/roster.py",
         "karun/sampler.py",
         "karun/top.py",
+        "nfsp/client/block_sums.py",
         "nfsp/fsck/chunks.py",
         "nfsp/fsck/directory.py",
         "nfsp/fsck/entries.py",

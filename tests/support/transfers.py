@@ -23,6 +23,7 @@ from typing import Any
 import trio
 
 from common.broadcast.job import Job, encode_job
+from common.broadcast.manifest import Algorithm
 from common.broadcast.node import HopOptions
 from common.broadcast.outcome import Summary
 from common.broadcast.sink import FileSink
@@ -142,10 +143,9 @@ async def damaging(target: str, every: int) -> AsyncIterator[str]:
 
 
 class _Process:
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._arguments = list(arguments)
+    def __init__(self, interpreter: Sequence[str], arguments: Sequence[str]) -> None:
         self._popen = subprocess.Popen(
-            [sys.executable, "-m", "common.broadcast", *arguments, "--progress"],
+            [*interpreter, *arguments, "--progress"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -197,13 +197,16 @@ class Processes:
         target: Callable[[int], Path],
         options: HopOptions,
         *,
-        chunk_size: int = CHUNK_SIZE,
+        interpreter: Sequence[str] = (sys.executable, "-m", "common.broadcast"),
+        algorithm: Algorithm = Algorithm.XXH3,
     ) -> None:
+        """*interpreter*: what runs `common.broadcast` with arguments."""
         self._target = target
-        arguments = ["source", "--from", str(source), "--chunk-size", str(chunk_size)]
-        self.source = _Process(arguments)
+        self._interpreter = interpreter
+        arguments = ["source", "--from", str(source), "--chunk-size", str(CHUNK_SIZE)]
+        self.source = _Process(interpreter, [*arguments, "--algorithm", algorithm.name])
         self.nodes = {
-            rank: _Process(self._node_arguments(rank))
+            rank: _Process(interpreter, self._node_arguments(rank))
             for rank in range(1, shape.receiver_count + 1)
         }
         addresses = [self.source.address, *(node.address for node in self.nodes.values())]
@@ -219,7 +222,7 @@ class Processes:
         address = self.nodes[rank].address
         more = ["--restarted", "--listen", address]
         self.nodes[rank].end()
-        self.nodes[rank] = _Process([*self._node_arguments(rank), *more])
+        self.nodes[rank] = _Process(self._interpreter, [*self._node_arguments(rank), *more])
         self.nodes[rank].begin(self.job)
 
     def __enter__(self) -> Processes:

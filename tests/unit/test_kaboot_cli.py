@@ -163,6 +163,15 @@ def test_check_names_what_would_fail_and_exits_1(kaboot: Kaboot, tmp_path: Path)
     assert "remark: 6 nodes have no MAC yet (pc3, pc4, pc5, pc6, ...): kaboot learn" in out
 
 
+def test_a_directory_of_somebody_elses_does_not_become_the_state(
+    kaboot: Kaboot, tmp_path: Path
+) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state/precious").touch()
+    code, _, err = kaboot("show")
+    assert (code, err) == (2, f"kaboot: 'state' {tmp_path}/state is neither empty nor kaboot's\n")
+
+
 def test_every_command_has_help_with_an_example(kaboot: Kaboot) -> None:
     for command in ("", "set", "show", "render", "check", "learn", "forget"):
         code, out, _ = kaboot(*command.split(), "--help")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import IPv4Address
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from kaboot.dnsmasq_log import LogEvent, neighbour, parse_line
 from kaboot.gate import DELAY_S, PATIENCE_S, Gate
 from kaboot.model import Machine
+from kaboot.probe import make_discover, parse_offer
 from kaboot.requests import (
     BadRequest,
     EntryRequest,
@@ -231,6 +234,34 @@ def test_the_neighbour_table_tells_who_is_at_an_address() -> None:
     assert neighbour(ARP, "10.78.0.51") == ""
     assert neighbour(ARP, "10.78.0.5") == ""
     assert neighbour("", "10.78.0.50") == ""
+
+
+# ---------------------------------------------------------------- offers
+
+TRANSACTION = b"abcd"
+
+
+def offer(server: bytes = b"\x0a\x4e\x00\x02", address: bytes = b"\x0a\x4e\x00\x32") -> bytes:
+    question = bytearray(make_discover(bytes(6), TRANSACTION))
+    question[0] = 2
+    question[16:20] = address
+    return bytes(question[:240]) + b"\x35\x01\x02\x36" + bytes([len(server)]) + server + b"\xff"
+
+
+def test_an_offer_names_its_server_and_nothing_else_is_an_offer() -> None:
+    assert parse_offer(offer(), TRANSACTION) == IPv4Address("10.78.0.2")
+    assert parse_offer(offer(), b"efgh") is None
+    assert parse_offer(offer(server=b"abc"), TRANSACTION) is None
+    assert parse_offer(offer(address=bytes(4)), TRANSACTION) is None, "a proxy's offer"
+    assert parse_offer(make_discover(bytes(6), TRANSACTION), TRANSACTION) is None
+
+
+@given(st.binary(max_size=80), st.integers(0, 260))
+def test_no_packet_raises(data: bytes, place: int) -> None:
+    parse_offer(data, TRANSACTION)
+    whole = offer()
+    parse_offer(whole[:place] + data + whole[place:], TRANSACTION)
+    parse_offer(whole[:place], TRANSACTION)
 
 
 # ---------------------------------------------------------------- the gate

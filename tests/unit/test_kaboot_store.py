@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sqlite3
 import stat
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.errors import KaError
+from common.errors import Code, KaError
 from kaboot import store as store_module
 from kaboot.model import Assignment, Machine, Step
 from kaboot.store import Store
@@ -133,6 +134,26 @@ def test_events_are_read_from_where_one_left_off(path: Path) -> None:
         assert [event.detail for event in store.events(after=last[0].id)] == ["8", "9"]
         assert {event.node for event in store.events(node="pc1")} == {"pc1"}
         assert len(store.events(node=MAC)) == 10
+
+
+def test_a_full_disk_is_one_line_and_nothing_half_written(path: Path) -> None:
+    with Store.open(path) as store:
+        store.assign(["pc1"], INSTALL, 1, why="test")
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        sets = ([f"n{number}-{index}" for index in range(50)] for number in range(1000))
+        written = 0
+        with contextlib.suppress(KaError):
+            for names in sets:
+                store.assign(names, DEPLOYED, 2, why="x" * 100)
+                written += 1
+        with pytest.raises(KaError, match="full") as caught:
+            store.assign(next(sets), DEPLOYED, 2, why="x" * 100)
+        assert caught.value.code is Code.EIO
+        kept = set(store.assignments()) - {"pc1"}
+        assert len(kept) == 50 * written, "whole sets only"
+        store._db.execute("PRAGMA max_page_count = 100000")
+        store.assign(["pc1"], DEPLOYED, 3, why="space again")
 
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\0" * 8])
