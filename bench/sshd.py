@@ -84,10 +84,12 @@ class Sshd:
         return "Host *\n" + "".join(f"  {name} {value}\n" for name, value in settings.items())
 
     def _server_config(self) -> str:
+        # SHLVL: a bash that sshd starts reads the account's ~/.bashrc unless it seems to be
+        # nested.  Whatever that file costs, or does, is not what is looked at here.
         return (
             f"Port {self.port}\nListenAddress 0.0.0.0\nHostKey {self.host_key}\nPidFile none\n"
             f"AuthorizedKeysFile {self.directory / 'authorized'}\nStrictModes no\nUsePAM no\n"
-            f"PasswordAuthentication no\nPermitRootLogin yes\nLogLevel ERROR\n"
+            f"PasswordAuthentication no\nPermitRootLogin yes\nLogLevel ERROR\nSetEnv SHLVL=1\n"
             f"MaxStartups {self._login_count_max}\n{self._extra}\n"
         )
 

@@ -4,8 +4,9 @@ The dataclass is the schema: field names are keys, nested dataclasses are tables
 `tuple[X, ...]` of dataclasses are lists of tables, `X | None` may be left out, and a field
 without a default is required.  A string is never taken for a number or a bool for an int; only
 a whole number may stand where a float is wanted.  `Path` is relative to the file's directory;
-`Annotated[int, SIZE]` also takes "64MiB".  Unknown keys are refused: a key with a typing error
-would otherwise be a setting that silently has no effect.
+`Annotated[int, SIZE]` also takes "64MiB"; an enum takes the values of its members.  Unknown
+keys are refused: a key with a typing error would otherwise be a setting that silently has no
+effect.
 
 A class may check relations in `validate(self)`, which raises KaError or ValueError.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import enum
 import math
 import os
 import re
@@ -24,12 +26,10 @@ import secrets
 import stat
 import tomllib
 import types
-from fractions import Fraction
 from pathlib import Path
 from typing import (
     Annotated,
     Any,
-    Final,
     NamedTuple,
     TypeVar,
     Union,
@@ -40,20 +40,15 @@ from typing import (
 )
 
 from common.errors import Code, KaError
+from common.sizes import SIZE, SIZE_MAX, format_size, parse_size
 
-__all__ = ["SIZE", "format_size", "load", "make_key", "parse_size", "read_key"]
+__all__ = ["SIZE", "check", "format_size", "load", "make_key", "parse_size", "read_key"]
 
 T = TypeVar("T")
 
-SIZE: Final = "size in bytes"
-"""Marks an int field, `Annotated[int, SIZE]`, that may be written as "64MiB"."""
-SIZE_MAX = 2**63 - 1
 KEY_SIZE = 32
 KEY_FILE_SIZE_MAX = 4096
 FILE_SIZE_MAX = 16 * 1024 * 1024
-
-_UNITS = "KMGTPE"
-_SIZE = re.compile(r"([0-9]{1,30})(?:\.([0-9]{1,30}))? ?(?:([KMGTPE])(iB|B)?|B)?", re.IGNORECASE)
 
 
 # ---------------------------------------------------------------- files
@@ -102,12 +97,20 @@ def load(path: Path, cls: type[T]) -> T:
     return cast(T, _table(content, cls, place))
 
 
+def check(content: object, cls: type[T], path: Path) -> T:
+    """Return *content*, read from *path* by another parser than TOML's, as a *cls*; as `load`."""
+    place = _Place(path.absolute().parent, str(path))
+    if type(content) is not dict or not all(type(key) is str for key in content):
+        raise place.error("not a table of keys")
+    return cast(T, _table(content, cls, place))
+
+
 def _table(content: dict[str, Any], cls: Any, place: _Place) -> object:
     hints = get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in content:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
+            near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise place.error(f"unknown key {key!r}{hint}")
     missing = [
@@ -147,6 +150,11 @@ def _value(value: object, hint: Any, key: str, place: _Place) -> object:
         if type(value) is not dict:
             raise _wrong(value, "a table", key, place)
         return _table(value, hint, place.inner(key))
+    if isinstance(hint, enum.EnumType):
+        choices = {member.value: member for member in cast(type[enum.Enum], hint)}
+        if type(value) is not str or value not in choices:
+            raise _wrong(value, f"one of {', '.join(choices)}", key, place)
+        return choices[value]
     return _scalar(value, hint, key, place)
 
 
@@ -199,38 +207,6 @@ def _wrong(value: object, wanted: str, key: str, place: _Place) -> KaError:
     else:
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
     return place.error(f"{key!r} must be {wanted}, not {shown:.60}")
-
-
-# ---------------------------------------------------------------- sizes
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes in "64MiB", "64M", "1.5 GiB", "10MB" or "4096"; raises KaError USAGE.
-
-    As in GNU coreutils: K, M, ... and KiB, MiB, ... count in 1024, KB, MB, ... in 1000.
-    """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise KaError(Code.USAGE, f"not a size (such as 64MiB): {text[:60]!r}")
-    whole, part, unit, suffix = match.groups()
-    base = 1000 if (suffix or "").upper() == "B" else 1024
-    scale = base ** (_UNITS.index(unit.upper()) + 1) if unit else 1
-    size = Fraction(f"{whole}.{part or 0}") * scale
-    if size.denominator != 1 or size > SIZE_MAX:
-        raise KaError(Code.USAGE, f"not a whole number of bytes below 8EiB: {text[:60]!r}")
-    return int(size)
-
-
-def format_size(size: int) -> str:
-    """Return *size* for people: "64MiB"; one decimal ("1.4GiB") where it is not a whole number."""
-    unit = min(max(size.bit_length() - 1, 0) // 10, len(_UNITS))
-    if unit == 0:
-        return f"{size}B"
-    scale = 1024**unit
-    number = str(size // scale) if size % scale == 0 else f"{size / scale:.1f}"
-    if number == "1024.0" and unit < len(_UNITS):
-        number, unit = "1.0", unit + 1
-    return f"{number}{_UNITS[unit - 1]}iB"
 
 
 # ---------------------------------------------------------------- the cluster key

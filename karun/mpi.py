@@ -66,7 +66,10 @@ async def run_program(run: Run, program: Program, sink: Sink) -> int:
     if out:
         world.stop(f"not started: {Names(run.nodes).fold(out)} not there")
     with trio.move_on_after(program.limit_s or float("inf")) as limit:
-        await world.run()
+        try:
+            await world.run()
+        finally:
+            world.reason = world.reason or "over"  # ranks that are killed now abort nothing
     if limit.cancelled_caught:
         world.out_of_time()
     return world.abort_code

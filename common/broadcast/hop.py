@@ -456,7 +456,8 @@ class Hop:
         if progress != self._progress:
             self._progress, self._progress_s = progress, now
         still_s = now - max(self._news_s, self._progress_s)
-        graceless = still_s >= options.lost_grace_s and ledger.all_open_are_lost()
+        grace_s = options.lost_grace_s + options.late_grace_s * ledger.some_never_joined()
+        graceless = still_s >= grace_s and ledger.all_open_are_lost()
         if graceless or not ledger.open_ranks():
             self._end("")
         elif now - self._progress_s >= options.quiet_s:

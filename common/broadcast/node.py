@@ -113,6 +113,8 @@ class HopOptions:
     """Times that the sink is read back before it is given up."""
     lost_grace_s: float = 2.0
     """How long the source waits for lost nodes to come back when all others are done."""
+    late_grace_s: float = 0.0
+    """And how much longer for those that have never joined: they may be summing what they hold."""
     quiet_s: float = 10.0
     """The source ends the transfer when for this long nobody has made progress."""
     deadline_s: float = 0.0

@@ -161,6 +161,11 @@ class Ledger:
             self.entry(rank).verdict is Verdict.LOST for rank in chunkset.indexes(self.open_ranks())
         )
 
+    def some_never_joined(self) -> bool:
+        """Whether any of the open ranks has never attached."""
+        waiting = chunkset.indexes(self.open_ranks() & ~self._joined)
+        return any(self.entry(rank).attempt <= 1 for rank in waiting)
+
     def summary(self) -> Summary:
         others = {rank: self.entry(rank) for rank in chunkset.indexes(self._all & ~self._verified)}
         return Summary(self._verified, others, dict(self._notes))

@@ -70,6 +70,8 @@ class Relay:
         """For what must end before the store is closed."""
         self._sink: Sink | None = None
         self._finished = trio.Event()
+        self._is_checking = False
+        """The source reads again what a child complains about."""
         self._outcome: Finished | None = None
         self._error: KaError | None = None
 
@@ -250,7 +252,9 @@ class Relay:
     def _deliver(self, peer: int, message: Message) -> None:
         assert self.hop is not None
         self._perform(self.hop.message_received(peer, message, trio.current_time()))
-        if self.rank == SOURCE and type(message) is Want and self._work is not None:
+        complaint = self.rank == SOURCE and type(message) is Want
+        if complaint and self._work is not None and not self._is_checking:
+            self._is_checking = True  # who goes on complaining is heard later
             self._work.start_soon(self._check_source, message)
 
     def _deliver_early(self) -> None:
@@ -310,6 +314,7 @@ class Relay:
                 self._error = KaError(Code.EIO, reason, chunk=chunk)
                 self._finished.set()
                 return
+        self._is_checking = False
 
     async def _tick(self, on_tick: Callable[[], None]) -> None:
         assert self.hop is not None

@@ -40,6 +40,8 @@ TOKEN_SIZE = 32
 SLOW_SINK_RATE = 25e6
 """Bytes a second that the slowest disk is trusted to read back when the network has nothing to
 do: the source is as patient as that, for a node is silent meanwhile."""
+SLOW_SINK_FILE_RATE = 1000
+"""Files a second, likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +86,11 @@ async def run_source(
 
     Raises KaError when the source cannot be read or changes meanwhile.  Closes the source.
     """
-    patience_s = source.size / SLOW_SINK_RATE
+    patience_s = source.size / SLOW_SINK_RATE + len(source.entries) / SLOW_SINK_FILE_RATE
     options = dataclasses.replace(
         job.options,
         quiet_s=job.options.quiet_s + patience_s,
-        lost_grace_s=job.options.lost_grace_s + patience_s,
+        late_grace_s=job.options.late_grace_s + patience_s,
     )
     relay = Relay(dataclasses.replace(job, options=options), SOURCE)
     make_plan = functools.partial(

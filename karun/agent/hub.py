@@ -195,13 +195,17 @@ class Hub:
 
     def _knock(self, _events: int) -> None:
         assert self._listener is not None
-        try:
-            fd, _address = self._listener._accept()  # type: ignore[attr-defined]
-        except OSError:
-            return
-        if len(self._strangers) >= STRANGERS_MAX:
-            os.close(fd)
-            return
+        for _ in range(STRANGERS_MAX):  # many may come at once: when a relay is lost
+            try:
+                fd, _address = self._listener._accept()  # type: ignore[attr-defined]
+            except OSError:
+                return
+            if len(self._strangers) >= STRANGERS_MAX:
+                os.close(fd)
+            else:
+                self._challenge(fd)
+
+    def _challenge(self, fd: int) -> None:
         channel = Channel(self._loop, fd, fd, size_max=proof.UNPROVED_SIZE_MAX)
         nonce = os.urandom(proof.NONCE_SIZE)
         self._strangers[channel] = nonce

@@ -46,7 +46,7 @@ class IodClient(IodLinks):
         super().__init__(
             identity=identity, key=key, patience_s=patience_s, fetch_map=fetch_map
         )
-        self._local_reads = LocalReads(self._locate)
+        self._local_reads = LocalReads(self._locate, patience_s=patience_s)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         async with trio.open_nursery() as nursery:

@@ -25,6 +25,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from common.checksum import ABSENT
+from common.errors import Code, KaError
 from common.metrics import counter
 from nfsp import wire
 from nfsp.client.block_sums import bad_blocks
@@ -71,9 +72,10 @@ class _Spot:
 class LocalReads:
     """The chunks of iods on this host that are being read.  `run` must be running."""
 
-    def __init__(self, locate: _Locate) -> None:
-        """*locate* asks an iod."""
+    def __init__(self, locate: _Locate, *, patience_s: float) -> None:
+        """*locate* asks an iod; a disk may take *patience_s* to answer."""
         self._locate = locate
+        self._patience_s = patience_s
         self._spots: OrderedDict[_Key, _Spot] = OrderedDict()
         self._asking: dict[_Key, trio.Event] = {}
         self._barred: dict[int, float] = {}
@@ -99,7 +101,8 @@ class LocalReads:
     ) -> bool:
         """Fill *into* with a piece of whole blocks; False: it must be read the ordinary way.
 
-        Raises KaError if the iod does not say where the chunk lies.
+        Raises KaError if the iod does not say where the chunk lies, or the disk hangs: a thread may
+        then still write into *into*, which must not be used again.
         """
         if self._barred.get(iod, 0.0) > trio.current_time():
             return False
@@ -126,9 +129,13 @@ class LocalReads:
         size = _read_now(spot.fd, offset, into)
         try:
             if size < len(into):
-                size = await trio.to_thread.run_sync(
-                    _read_rest, spot.fd, offset, into, size, limiter=self._threads
-                )
+                with trio.move_on_after(self._patience_s) as scope:
+                    size = await trio.to_thread.run_sync(
+                        _read_rest, spot.fd, offset, into, size,
+                        limiter=self._threads, abandon_on_cancel=True,
+                    )  # fmt: skip
+                if scope.cancelled_caught:
+                    raise KaError(Code.TIMEOUT, "the disk does not answer")
             packed = struct.pack(f"<{len(sums)}Q", *sums)
             return not bad_blocks(packed, into, size) and os.fstat(spot.fd).st_nlink > 0
         except OSError:

@@ -303,9 +303,11 @@ class ChunkStore:
             header = rows.known(row, chunk_size) if rows is not None else None
             return None if rows is None or header is None else self._place(rows, header)
 
-    def _place(self, rows: ChunkRows, header: ChunkHeader) -> Place:
+    def _place(self, rows: ChunkRows, header: ChunkHeader) -> Place | None:
         path = self._tree.path(header.inode, header.column)
         start = chunk.data_start(header.row, header.chunk_size)
+        if start >= rows.size:
+            return None
         return Place(path, os.fstat(rows.fd).st_ino, start, header.sums)
 
     def trim(self, inode: int, column: int, *, row: int, offset: int, chunk_size: int) -> None:

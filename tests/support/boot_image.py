@@ -13,7 +13,7 @@ import re
 import subprocess
 from pathlib import Path
 
-__all__ = ["make_initrd", "unpack", "unpack_kernel"]
+__all__ = ["make_initrd", "pack", "unpack", "unpack_kernel"]
 
 META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = (
@@ -97,6 +97,11 @@ def make_initrd(kernel: Path) -> bytes:
     modules = " ".join(Path(name).name for name in MODULES)
     files["init"] = (INIT % {"modules": modules}).encode()
     files["udhcpc"] = UDHCPC.encode()
+    return pack(files)
+
+
+def pack(files: dict[str, bytes]) -> bytes:
+    """Return a gzipped initramfs of programs and texts, with busybox under all its names."""
     links = {f"bin/{applet}": "busybox" for applet in _applets()}
     return gzip.compress(_cpio(files, links), compresslevel=1, mtime=0)
 

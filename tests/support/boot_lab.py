@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,8 @@ class Lab:
 @contextlib.contextmanager
 def lab(directory: Path) -> Iterator[Lab]:
     """Make a room; all of it is gone afterwards."""
-    room = Lab(directory, f"kab{os.getpid()}")
+    # Not by process: what a killed run left behind must not be in the way of a later one.
+    room = Lab(directory, f"kab{uuid.uuid4().hex[:8]}")
     foreign = f"{room.namespace}f"
     try:
         for name in (room.namespace, foreign):

@@ -51,13 +51,16 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
     "h11": "kaboot/http.py",
+    "jinja2": "kadeploy/postinstall.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": "karun/ssh.py",
     "prometheus_client": "common/metrics.py",
     "pyfuse3": "nfsp/client/fuse.py",
+    "pyghmi": "kadeploy/power_drivers.py",
     "rich": "karun/top_table.py",
     "xxhash": "common/checksum.py",
+    "yaml": "kadeploy/descriptions.py",
 }
 
 # No I/O, no clock, no chance: what these decide, `now`, ids and randomness being arguments, can
@@ -90,6 +93,7 @@ PURE: frozenset[str] = frozenset(
         "common/framing.py",
         "common/messages.py",
         "common/session.py",
+        "common/sizes.py",
         "common/xxh3.py",
         "kaboot/dhcp.py",
         "kaboot/dnsmasq_log.py",
@@ -100,6 +104,18 @@ PURE: frozenset[str] = frozenset(
         "kaboot/scripts.py",
         "kaboot/steps.py",
         "kaboot/words.py",
+        "kadeploy/bootentries.py",
+        "kadeploy/disks.py",
+        "kadeploy/environment.py",
+        "kadeploy/nodes.py",
+        "kadeploy/orders.py",
+        "kadeploy/partitions.py",
+        "kadeploy/plan.py",
+        "kadeploy/planview.py",
+        "kadeploy/postinstall.py",
+        "kadeploy/power.py",
+        "kadeploy/steps.py",
+        "kadeploy/workflow.py",
         "karun/agent/barrier.py",
         "karun/agent/frames.py",
         "karun/agent/member.py",

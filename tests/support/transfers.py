@@ -74,19 +74,20 @@ class Party:
         """Transfer; ranks without a sink are never started.  All results are in `results`."""
         what = source if isinstance(source, Source) else Source(str(source))
         what.scan()
-        async with trio.open_nursery() as nursery:
-            for rank, sink in sinks.items():
-                nursery.start_soon(self._node, rank, sink)
-            summary = await run_source(
-                self.jobs[0],
-                what,
-                sockets=self.sockets[0],
-                name="test",
-                chunk_size=chunk_size,
-                **more,
-            )
-        self.close()
-        return summary
+        try:
+            async with trio.open_nursery() as nursery:
+                for rank, sink in sinks.items():
+                    nursery.start_soon(self._node, rank, sink)
+                return await run_source(
+                    self.jobs[0],
+                    what,
+                    sockets=self.sockets[0],
+                    name="test",
+                    chunk_size=chunk_size,
+                    **more,
+                )
+        finally:
+            self.close()
 
     async def _node(self, rank: int, sink: Sink) -> None:
         try:

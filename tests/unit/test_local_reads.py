@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from common.errors import Code, KaError
 from nfsp import wire
 from nfsp.client import local_reads
 from nfsp.client.block_sums import piece_sums
@@ -28,12 +30,12 @@ INO, IOD, COLUMN = 7, 1, 0
 class Reader:
     """LocalReads on a store, asking it what its iod would be asked."""
 
-    def __init__(self, store: ChunkStore) -> None:
+    def __init__(self, store: ChunkStore, patience_s: float) -> None:
         self.store = store
         self.questions = 0
         self.folder: str | None = None
         """What the reader sees instead of the store's directory."""
-        self.reads = LocalReads(self._locate)
+        self.reads = LocalReads(self._locate, patience_s=patience_s)
 
     async def _locate(self, iod: int, m: wire.Locate) -> wire.LocateReply:
         self.questions += 1
@@ -67,9 +69,9 @@ class Reader:
 
 
 @asynccontextmanager
-async def reader(tmp_path: Path) -> AsyncIterator[Reader]:
+async def reader(tmp_path: Path, *, patience_s: float = 60.0) -> AsyncIterator[Reader]:
     with ChunkStore(tmp_path / "store") as store:
-        made = Reader(store)
+        made = Reader(store, patience_s)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(made.reads.run)
             yield made
@@ -209,6 +211,36 @@ async def test_iod_whose_files_cannot_be_opened_is_left_alone(tmp_path: Path) ->
         assert await r.read() is None
         assert await r.read(row=1) is None
         assert r.questions == 1
+
+
+def test_chunk_behind_the_end_of_its_file_is_nowhere(tmp_path: Path) -> None:
+    with ChunkStore(tmp_path / "store") as store:
+        r = Reader(store, 1.0)
+        r.write(b"data")
+        for row in (1, 1 << 62):
+            for locate in (store.locate, store.locate_now):
+                assert locate(INO, COLUMN, row, chunk_size=CHUNK_SIZE) is None
+
+
+async def test_disk_that_hangs_is_an_error_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk_answers = threading.Event()
+
+    def hang(fd: int, offset: int, into: memoryview, done: int) -> int:
+        disk_answers.wait()
+        return done
+
+    monkeypatch.setattr(local_reads, "_read_now", lambda fd, offset, into: 0)
+    monkeypatch.setattr(local_reads, "_read_rest", hang)
+    async with reader(tmp_path, patience_s=0.1) as r:
+        r.write(os.urandom(CHUNK_SIZE))
+        try:
+            with pytest.raises(KaError) as caught:
+                await r.read()
+        finally:
+            disk_answers.set()
+        assert caught.value.code is Code.TIMEOUT
 
 
 async def test_descriptors_are_bounded_and_given_back(

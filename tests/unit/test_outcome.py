@@ -111,3 +111,14 @@ def test_who_never_joined_is_told_from_who_did_not_report() -> None:
     }
     assert reasons[1] == "did not report in time"
     assert reasons[2] == "never joined"
+
+
+def test_only_who_has_never_joined_is_waited_for_as_one_who_may_be_summing() -> None:
+    ledger = told([("lose", 1, 1)] + [("verify", rank, 1) for rank in range(2, COUNT + 1)])
+    assert ledger.all_open_are_lost()
+    assert ledger.some_never_joined()
+    ledger.join(1, 1)
+    assert ledger.all_open_are_lost()
+    assert not ledger.some_never_joined()
+    restarted = told([("verify", rank, 1) for rank in range(2, COUNT + 1)] + [("lose", 1, 2)])
+    assert not restarted.some_never_joined()

@@ -1,0 +1,131 @@
+"""One image to many nodes through the broadcast engine: the head is the source.
+
+Position: deploying.py (when) -> this -> common/broadcast (how).  On every node the node's program
+(`receive`) starts a hop that feeds what it gets to a writer, which reads back and answers.  The job
+with its token goes to the nodes over ssh.
+
+A node that cannot be started is left out; one that is lost on the way costs itself alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import trio
+
+from common.broadcast.cost import Network
+from common.broadcast.job import Job, encode_job
+from common.broadcast.planner import Request, make_plan
+from common.broadcast.source import Source
+from common.broadcast.transfer import new_job, run_source
+from common.errors import KaError
+from common.sockets import listen
+from kadeploy.links import SshLink
+from kadeploy.orders import WriteImage, to_json
+
+__all__ = ["Receiver", "broadcast"]
+
+LINK_RATE = 110e6
+LATENCY_S = 0.0002
+START_S = 30.0
+LINE_SIZE_MAX = 1 << 20
+
+
+class Receiver:
+    """A node's part: its program, started and waiting for the job."""
+
+    def __init__(self, name: str, link: SshLink, order: WriteImage, listen_on: str) -> None:
+        self.name = name
+        self._link = link
+        self._order = order
+        self._listen_on = listen_on
+        self.address = ""
+        self.ready = trio.Event()
+        self.job: Job | None = None
+        self.go = trio.Event()
+        self._rank = 0
+
+    def begin(self, job: Job | None, rank: int) -> None:
+        """Give the job to the node; None: it is not wanted."""
+        self.job, self._rank = job, rank
+        self.go.set()
+
+    async def run(self, report: Callable[[str, str], None]) -> None:
+        try:
+            fault = await self._take_part()
+        except KaError as error:
+            fault = str(error)
+        self.ready.set()
+        report(self.name, fault)
+
+    async def _take_part(self) -> str:
+        await self._link.push()
+        async with self._link.started("receive", self._listen_on) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                await process.stdin.send_all(json.dumps(to_json(self._order)).encode() + b"\n")
+                lines = bytearray()
+                with trio.move_on_after(START_S):
+                    while b"\n" not in lines:
+                        data = await process.stdout.receive_some(4096)
+                        if not data:
+                            break
+                        lines += data
+                if b"\n" not in lines:
+                    return "its receiver did not start"
+                first, _, rest = bytes(lines).partition(b"\n")
+                if first.startswith(b"{"):
+                    self._link.answer(process, first)  # a refusal
+                    return "its receiver did not start"
+                self.address = first.decode(errors="replace").strip()
+                self.ready.set()
+                await self.go.wait()
+                if self.job is None:
+                    return "the broadcast was not begun"
+                word = base64.b64encode(encode_job(self.job)).decode()
+                await process.stdin.send_all(f"{self._rank} {word}\n".encode())
+            except trio.BrokenResourceError:
+                return "its receiver ended early"
+            said = bytearray(rest)
+            async for data in process.stdout:
+                said += data[: LINE_SIZE_MAX - len(said)]
+            await process.wait()
+            self._link.answer(process, bytes(said))
+        return ""
+
+
+async def broadcast(
+    image: Path,
+    receivers: Mapping[str, Receiver],
+    listen_on: str,
+    report: Callable[[str, str], None],
+) -> None:
+    """Send an image; report every node.  Raises KaError when the source cannot be read."""
+    source = Source(str(image), sparse=False)
+    await trio.to_thread.run_sync(source.scan)
+    sockets = listen(f"{listen_on}:0")
+    host, port = sockets[0].getsockname()[:2]
+    async with trio.open_nursery() as nursery:
+        for one in receivers.values():
+            nursery.start_soon(one.run, report)
+        for one in receivers.values():
+            await one.ready.wait()
+        there = [one for one in receivers.values() if one.address]
+        if not there:
+            source.close()
+            for sock in sockets:
+                sock.close()
+            return
+        network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
+        choice = make_plan(Request(source.size, (len(there),), network)).chosen
+        addresses = [f"{host}:{port}", *(one.address for one in there)]
+        job = new_job(choice.shape, addresses)
+        for rank, one in enumerate(there, start=1):
+            one.begin(job, rank)
+        await run_source(
+            job, source, sockets=sockets, name=image.name, chunk_size=choice.chunk_size
+        )

@@ -1,0 +1,203 @@
+"""How the head reaches a node: OpenSSH, one process for each call.
+
+The interface is small (`Link`), so that another way can take its place.  A node in the deployment
+environment shows the host key that `mkenv` gave it, if the head knows one; the system that was
+deployed makes its own key, and is only asked who it is.
+
+Not here: what is asked (deploying.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from common.errors import Code, KaError, from_number
+from kadeploy import archive
+from kadeploy.orders import TOKEN_PATH, Order, to_json
+
+__all__ = ["Identity", "Link", "SshLink", "SshOptions"]
+
+PROGRAM = "/run/kadeploy-node.pyz"
+MARKER = "/etc/kadeploy-environment"
+"""Is there in the deployment environment only."""
+COPY_SIZE = 1 << 20
+ANSWER_SIZE_MAX = 16 << 20
+SSH_FAILURE = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a machine says it is."""
+
+    deployment_environment: bool
+    token: str
+    boot_id: str
+
+
+class Link(Protocol):
+    async def identify(self) -> Identity:
+        """Return what the node is; raises UNREACHABLE."""
+
+    async def ask(
+        self, verb: str, order: Order | None = None, image: Path | None = None
+    ) -> dict[str, Any]:
+        """Let the node's program do something; raises what it answers with."""
+
+    async def reboot(self) -> None:
+        """Tell the system that runs there to reboot."""
+
+
+@dataclass(frozen=True, slots=True)
+class SshOptions:
+    key: str = ""
+    port: int = 22
+    config: str = ""
+    known_hosts: str = ""
+    """Of the deployment environment, under the name `kadeploy-environment`."""
+    wrapper: tuple[str, ...] = ()
+    """Words before `ssh`: a network namespace, a jump."""
+    connect_s: int = 5
+
+    def words(self, address: str, *, environment: bool) -> list[str]:
+        options = {
+            "BatchMode": "yes",
+            "ConnectTimeout": str(self.connect_s),
+            "ServerAliveInterval": "15",
+            "LogLevel": "ERROR",
+            "GlobalKnownHostsFile": "/dev/null",
+        }
+        if environment and self.known_hosts:
+            options |= {
+                "HostKeyAlias": "kadeploy-environment",
+                "UserKnownHostsFile": self.known_hosts,
+                "StrictHostKeyChecking": "yes",
+            }
+        else:
+            options |= {"UserKnownHostsFile": "/dev/null", "StrictHostKeyChecking": "no"}
+        words = [*self.wrapper, "ssh", "-p", str(self.port)]
+        words += ["-F", self.config] if self.config else []
+        words += ["-i", self.key, "-o", "IdentitiesOnly=yes"] if self.key else []
+        for name, value in options.items():
+            words += ["-o", f"{name}={value}"]
+        return [*words, f"root@{address}", "--"]
+
+
+class SshLink:
+    """A node by ssh, as root."""
+
+    def __init__(self, address: str, options: SshOptions, *, environment: bool = True) -> None:
+        """*environment*: only the deployment environment will be talked to, besides `identify`."""
+        self._address = address
+        self._options = options
+        self._environment = environment
+        self._pushed_to = ""
+
+    async def identify(self) -> Identity:
+        ask = f"test -e {MARKER} && echo yes || echo no; cat {TOKEN_PATH} 2>/dev/null || echo;"
+        ask += "cat /proc/sys/kernel/random/boot_id"
+        said = await self._run(ask, environment=False)
+        lines = said.decode(errors="replace").splitlines()
+        if len(lines) != 3:
+            raise KaError(Code.PROTOCOL, f"{self._address} does not say what it is")
+        return Identity(lines[0] == "yes", lines[1].strip()[:200], lines[2].strip())
+
+    async def ask(
+        self, verb: str, order: Order | None = None, image: Path | None = None
+    ) -> dict[str, Any]:
+        await self.push()
+        async with self.started(verb) as process:
+            assert process.stdin is not None
+            with contextlib.suppress(trio.BrokenResourceError):  # its answer says why
+                if order is not None:
+                    await process.stdin.send_all(json.dumps(to_json(order)).encode() + b"\n")
+                if image is not None:
+                    await _copy(image, process.stdin)
+            await process.stdin.aclose()
+            assert process.stdout is not None
+            said = await _read(process.stdout)
+            await process.wait()
+            return self.answer(process, said)
+
+    def answer(self, process: trio.Process, said: bytes) -> dict[str, Any]:
+        """Return what the node's program said in its last line; raises what it says failed."""
+        try:
+            content: dict[str, Any] = json.loads(said.splitlines()[-1])
+            good = content["ok"]
+        except (IndexError, ValueError, KeyError, TypeError):
+            if process.returncode == SSH_FAILURE:
+                raise KaError(Code.UNREACHABLE, f"{self._address} cannot be reached") from None
+            message = f"{self._address}: no answer ({process.returncode})"
+            raise KaError(Code.PROTOCOL, message) from None
+        if not good:
+            raise KaError(from_number(content.get("code", 0)), str(content.get("error", "failed")))
+        return content
+
+    async def push(self) -> None:
+        """See to it that the node has the program; it forgets with every boot."""
+        identity = await self.identify()
+        if identity.boot_id != self._pushed_to:
+            await self._run(f"cat > {PROGRAM}", stdin=archive.build())
+            self._pushed_to = identity.boot_id
+
+    @asynccontextmanager
+    async def started(self, *words: str) -> AsyncIterator[trio.Process]:
+        """Yield the node's program, started with pipes; killed if left early."""
+        command = ["python3", PROGRAM, *words]
+        ssh = self._options.words(self._address, environment=self._environment)
+        process = await trio.lowlevel.open_process(
+            [*ssh, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield process
+        finally:
+            if process.returncode is None:
+                process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+    async def reboot(self) -> None:
+        # In the background, so that ssh gets an answer before the network goes.
+        ask = "(sleep 1; systemctl reboot || reboot -f) >/dev/null 2>&1 </dev/null &"
+        await self._run(ask, environment=False)
+
+    async def _run(
+        self, command: str, *, stdin: bytes = b"", environment: bool | None = None
+    ) -> bytes:
+        place = self._environment if environment is None else environment
+        words = [*self._options.words(self._address, environment=place), command]
+        done = await trio.run_process(
+            words, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False
+        )
+        if done.returncode != 0:
+            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            raise KaError(
+                Code.UNREACHABLE, f"{self._address}: {said[0] if said else done.returncode}"
+            )
+        return done.stdout
+
+
+async def _copy(path: Path, sink: trio.abc.SendStream) -> None:
+    async with await trio.open_file(path, "rb") as file:
+        while data := await file.read(COPY_SIZE):
+            await sink.send_all(data)
+
+
+async def _read(source: trio.abc.ReceiveStream) -> bytes:
+    said = bytearray()
+    async for data in source:
+        said += data
+        if len(said) > ANSWER_SIZE_MAX:
+            raise KaError(Code.PROTOCOL, "the node's answer does not end")
+    return bytes(said)

@@ -1,0 +1,238 @@
+"""Making the deployment environment: a kernel, and a root in memory with all that a node needs.
+
+Three files come out.  `vmlinuz` and `initrd.gz` follow from packages and this version alone:
+file times are fixed, names sorted, no key in them; the same input gives the same bytes.  `site.gz`
+holds what is this site's: who may enter, and the host key by which the head knows the environment
+(`known_hosts`).  A boot loader appends it to the other.
+
+What travels over the network to be booted can be read there, the host key included: it keeps out
+mistakes, not somebody who listens.  Nothing in it opens any other door.
+
+Blocking; needs root, mmdebstrap and cpio.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import Code, KaError
+from common.sizes import format_size
+from kadeploy.links import MARKER
+
+__all__ = ["PACKAGES", "Request", "make_environment", "make_site", "pack_root"]
+
+PACKAGES = (
+    "busybox", "btrfs-progs", "dosfstools", "e2fsprogs", "efibootmgr", "fdisk",
+    "grub-efi-amd64-bin", "grub-pc-bin", "grub2-common", "iproute2", "kexec-tools", "kmod",
+    "libpython3-stdlib", "ntfs-3g", "openssh-server", "partclone", "python3-minimal",
+    "udev", "wimtools", "xfsprogs", "xz-utils",
+    "zstd",
+)  # fmt: skip
+LIBRARIES = ("attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio", "xxhash")
+"""What a broadcast's hop needs; taken from the head's own Python."""
+EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+EPOCH = 1_700_000_000
+"""Time of everything in the image."""
+HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
+
+# The kernel is unpacked, not installed: its scripts would make an initramfs that nobody wants.  A
+# meta-package names the kernel that it stands for; a versioned one names none.
+KERNEL_HOOK = """#!/bin/sh
+set -e
+mkdir "$1/tmp/kernel"
+cd "$1/tmp/kernel"
+depends=$(chroot "$1" apt-cache depends {package})
+name=$(echo "$depends" | sed -n 's/.*Depends: \\(linux-image-[0-9]\\)/\\1/p')
+fetch="apt-get -q -y -o APT::Sandbox::User=root download ${{name:-{package}}}"
+chroot "$1" sh -c "cd /tmp/kernel && $fetch"
+dpkg -x ./*.deb unpacked
+mkdir -p "$1/boot" "$1/usr/lib/modules"
+cp -a unpacked/lib/modules/. "$1/usr/lib/modules/"
+cp unpacked/boot/vmlinuz-* "$1/boot/"
+rm -r "$1/tmp/kernel"
+"""
+
+INIT = """#!/bin/sh
+# The deployment environment's first process: drivers, network, sshd; then it waits for orders.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /run /tmp; mount -t devpts devpts /dev/pts
+mount -t tmpfs -o mode=755 run /run; mkdir -p /run/sshd
+[ ! -d /sys/firmware/efi ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
+/lib/systemd/systemd-udevd --daemon
+udevadm trigger --type=subsystems --action=add
+udevadm trigger --type=devices --action=add
+udevadm settle --timeout=30
+for module in loop ext4 vfat nls_cp437 nls_ascii; do modprobe -q $module; done
+for word in $(cat /proc/cmdline); do
+  case $word in
+    BOOTIF=*) mac=${word#BOOTIF=01-} ;;
+    ka.boot=*) boot=${word#ka.boot=} ;;
+  esac
+done
+ip link set lo up
+for card in /sys/class/net/*; do
+  name=${card##*/}
+  [ "$name" = lo ] || { ip link set "$name" up; busybox udhcpc -i "$name" -s /etc/udhcpc -b -t 20; }
+done
+/usr/sbin/sshd
+echo "kadeploy: deployment environment is up"
+[ -z "$boot" ] || busybox wget -q -O /dev/null "$boot/report/$mac/hello?detail=kadeploy" || true
+while :; do sleep 3600 & wait $!; done
+"""
+UDHCPC = """#!/bin/sh
+[ "$1" = bound ] || [ "$1" = renew ] || exit 0
+ip addr replace $ip/${mask:-24} dev $interface
+[ -z "$router" ] || ip route replace default via $router
+"""
+SSHD = """HostKey /etc/ssh/ssh_host_ed25519_key
+PermitRootLogin prohibit-password
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+UseDNS no
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    directory: Path
+    keys: tuple[str, ...]
+    """Public keys that may enter as root."""
+    suite: str = "bookworm"
+    mirror: str | None = None
+    packages: tuple[str, ...] = ()
+    kernel: str = "linux-image-cloud-amd64"
+
+
+def make_environment(request: Request) -> Iterator[str]:
+    """Make everything in the request's directory; yield what was made.  Raises KaError."""
+    for program in ("mmdebstrap", "cpio", "ssh-keygen"):
+        if shutil.which(program) is None:
+            raise KaError(Code.USAGE, f"{program} is not installed")
+    if os.geteuid() != 0:
+        raise KaError(Code.USAGE, "mkenv needs root")
+    request.directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="kadeploy-") as name:
+        root = Path(name, "root")
+        hook = Path(name, "kernel")
+        _write(hook, KERNEL_HOOK.format(package=request.kernel), 0o755)
+        _run(_bootstrap_words(request, root, hook))
+        yield from pack_root(root, request.directory)
+    yield from make_site(request.directory, request.keys)
+
+
+def _bootstrap_words(request: Request, root: Path, hook: Path) -> list[str]:
+    packages = ",".join([*PACKAGES, *request.packages])
+    words = ["mmdebstrap", "--variant=minbase", f"--include={packages}"]
+    words += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
+    words += [f"--customize-hook={hook}", request.suite, str(root)]
+    return words + ([request.mirror] if request.mirror else [])
+
+
+def pack_root(root: Path, directory: Path) -> Iterator[str]:
+    """Make `vmlinuz` and `initrd.gz` of a root with a kernel in it; yield what was made."""
+    (kernel,) = sorted((root / "boot").glob("vmlinuz-*"))
+    version = kernel.name.removeprefix("vmlinuz-")
+    shutil.copyfile(kernel, directory / "vmlinuz")
+    _run(["depmod", "--basedir", str(root), version])
+    _write(root / "init", INIT, 0o755)
+    _write(root / "etc/udhcpc", UDHCPC, 0o755)
+    _write(root / "etc/ssh/sshd_config", SSHD, 0o644)
+    _write(root / MARKER.lstrip("/"), f"kadeploy {importlib.metadata.version('ka')}\n", 0o644)
+    _write(root / "etc/hostname", "deployment\n", 0o644)
+    _copy_libraries(root)
+    for pattern in ("etc/ssh/ssh_host_*", "boot/*", "var/log/*", "var/cache/apt/*", "tmp/*",
+                    "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"):  # fmt: skip
+        for path in root.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for cache in root.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    _pack(root, directory / "initrd.gz")
+    yield f"{directory / 'vmlinuz'}: {version}"
+    yield f"{directory / 'initrd.gz'}: {format_size((directory / 'initrd.gz').stat().st_size)}"
+
+
+def _copy_libraries(root: Path) -> None:
+    """Copy what the broadcast needs; refuse a Python that could not load it."""
+    (python,) = (root / "usr/lib").glob("python3.[0-9]*")
+    own = f"python3.{sys.version_info.minor}"
+    if python.name != own:
+        raise KaError(Code.USAGE, f"the suite has {python.name}, this is {own}: use it on both")
+    target = root / "usr/lib/python3/dist-packages"
+    for name in LIBRARIES:
+        for file in importlib.metadata.files(name) or []:
+            path = Path(str(file))
+            if ".." in path.parts or "tests" in path.parts or "_tests" in path.parts:
+                continue
+            place = target / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix != ".pyc":
+                shutil.copyfile(str(file.locate()), place)
+
+
+def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
+    """Make `site.gz` and `known_hosts`; a host key that is there is kept."""
+    key = directory / "host_key"
+    if not key.exists():
+        _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "kadeploy", "-f", str(key)])
+    public = key.with_suffix(".pub").read_text().split()
+    (directory / "known_hosts").write_text(f"kadeploy-environment {public[0]} {public[1]}\n")
+    with tempfile.TemporaryDirectory(prefix="kadeploy-") as name:
+        root = Path(name)
+        root.chmod(0o755)
+        _write(root / HOST_KEY, key.read_text(), 0o600)
+        _write(root / "root/.ssh/authorized_keys", "".join(f"{one}\n" for one in keys), 0o600)
+        (root / "root").chmod(0o700)
+        (root / "root/.ssh").chmod(0o700)
+        _pack(root, directory / "site.gz")
+    yield f"{directory / 'site.gz'}: {len(keys)} keys may enter"
+    yield f"{directory / 'known_hosts'}: for the configuration's ssh.known_hosts"
+
+
+def _write(path: Path, text: str, mode: int) -> None:
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.write_text(text)
+    path.chmod(mode)
+
+
+def _pack(root: Path, target: Path) -> None:
+    """Write a tree as a compressed initramfs, the same for the same tree."""
+    names = []
+    for directory, below, files in os.walk(root):
+        for name in (*below, *files):
+            path = Path(directory, name)
+            os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
+            names.append(os.fsencode(path.relative_to(root)))
+    words = ["cpio", "--quiet", "--null", "--create", "--format=newc", "--reproducible",
+             "--owner=+0:+0"]  # fmt: skip
+    with tempfile.TemporaryFile() as listing:
+        listing.write(b"\0".join(sorted(names)) + b"\0")
+        listing.seek(0)
+        with (
+            open(target, "wb") as file,
+            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
+            subprocess.Popen(words, cwd=root, stdin=listing, stdout=subprocess.PIPE) as cpio,
+        ):
+            assert cpio.stdout is not None
+            shutil.copyfileobj(cpio.stdout, packed, 1 << 20)
+    if cpio.returncode != 0:
+        raise KaError(Code.EIO, f"cpio failed ({cpio.returncode})")
+    target.chmod(0o644)
+
+
+def _run(words: Sequence[str]) -> None:
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(EPOCH)}
+    done = subprocess.run(words, capture_output=True, env=environment)
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()[-3:]
+        raise KaError(Code.EIO, f"{words[0]} failed ({done.returncode}): {' / '.join(lines)}")

@@ -1,0 +1,142 @@
+"""Disks and partitions of this node, checked against what the head was told of them.
+
+Every order names its disk with serial and size; both are read again here, right before anything is
+written.  A loop device's serial is the path of its file, so that images can be made and tests run.
+
+Where the kernel has made no device for a partition (or cannot read the table's kind), one is made
+for as long as it is needed: a loop device at the partition's offset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import Code, KaError
+from kadeploy.disks import LSBLK_COLUMNS, partition_path
+from kadeploy.orders import MountPoint, Place
+
+__all__ = ["check", "facts", "mounted", "opened", "run"]
+
+OUTPUT_SIZE_MAX = 2000
+
+
+def run(words: Sequence[str], *, stdin: bytes = b"") -> str:
+    """Run a program; return what it printed; raises EIO with its last lines."""
+    try:
+        done = subprocess.run(words, input=stdin, capture_output=True)
+    except OSError as error:
+        raise KaError(Code.EIO, f"{words[0]}: {error.strerror}") from None
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).decode(errors="replace").strip()[-OUTPUT_SIZE_MAX:]
+        line = " / ".join(said.splitlines()[-3:])
+        raise KaError(Code.EIO, f"{words[0]} failed ({done.returncode}): {line}")
+    return done.stdout.decode(errors="replace")
+
+
+def facts(paths: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what `disks.facts_from_json` reads, of all disks or of these."""
+    words = ["lsblk", "--json", "--bytes", "--output", LSBLK_COLUMNS, *paths]
+    listed: dict[str, Any] = json.loads(run(words))
+    tables: dict[str, Any] = {}
+    for entry in listed["blockdevices"]:
+        if entry["type"] == "loop":
+            entry["serial"] = _backing_file(entry["path"])
+        if entry["type"] in ("disk", "loop"):
+            with contextlib.suppress(KaError):  # no table is no fault
+                tables[entry["path"]] = json.loads(run(["sfdisk", "--json", entry["path"]]))
+    firmware = "uefi" if Path("/sys/firmware/efi").exists() else "bios"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"lsblk": listed, "sfdisk": tables, "firmware": firmware, "memory_size": memory}
+
+
+def _backing_file(path: str) -> str | None:
+    try:
+        return Path(f"/sys/block/{Path(path).name}/loop/backing_file").read_text().strip()
+    except OSError:
+        return None
+
+
+def check(place: Place) -> None:
+    """Raise USAGE unless the disk is the one that was meant."""
+    words = ["lsblk", "--json", "--bytes", "--nodeps", "--output", "SIZE,SERIAL,TYPE,RO"]
+    (entry,) = json.loads(run([*words, place.disk]))["blockdevices"]
+    serial = _backing_file(place.disk) if entry["type"] == "loop" else entry["serial"]
+    serial = (serial or "").strip()
+    if serial != place.serial or int(entry["size"]) != place.disk_size:
+        raise KaError(
+            Code.USAGE,
+            f"{place.disk} is not the disk that was planned: serial {serial!r} of"
+            f" {entry['size']} bytes, not {place.serial!r} of {place.disk_size}",
+        )
+
+
+@contextlib.contextmanager
+def opened(place: Place) -> Iterator[str]:
+    """Yield the path of a device for *place*, checked."""
+    check(place)
+    if place.number == 0:
+        yield place.disk
+        _flush(place.disk)
+        return
+    path = partition_path(place.disk, place.number)
+    if _starts_at(path, place):
+        yield path
+        _flush(path)
+        return
+    words = ["losetup", "--find", "--show", f"--offset={place.start}", f"--sizelimit={place.size}"]
+    loop = run([*words, place.disk]).strip()
+    try:
+        yield loop
+        _flush(loop)
+    finally:
+        run(["losetup", "--detach", loop])
+
+
+def _flush(device: str) -> None:
+    """Put on the disk what is still in memory; `os.sync` would wait for all other disks too."""
+    descriptor = os.open(device, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _starts_at(path: str, place: Place) -> bool:
+    """Whether the kernel's device for a partition is there and is the planned one."""
+    block = Path("/sys/class/block") / Path(path).name
+    try:
+        start = int((block / "start").read_text()) * 512
+        size = int((block / "size").read_text()) * 512
+    except (OSError, ValueError):
+        return False
+    if (start, size) != (place.start, place.size):
+        raise KaError(
+            Code.EIO, f"{path} is at {start}+{size}, planned was {place.start}+{place.size}"
+        )
+    return os.path.exists(path)
+
+
+@contextlib.contextmanager
+def mounted(mounts: Sequence[MountPoint], root: Path) -> Iterator[Path]:
+    """Mount a system's file systems below *root*, root first; unmount at the end."""
+    root.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for one in mounts:
+            device = stack.enter_context(opened(one.place))
+            point = root if one.path == "/" else root / one.path.lstrip("/")
+            if one.path != "/" and not point.resolve().is_relative_to(root.resolve()):
+                raise KaError(Code.EIO, f"mount point {one.path} leads out of the new system")
+            point.mkdir(parents=True, exist_ok=True)
+            if one.filesystem == "ntfs":
+                run(["ntfs-3g", "-o", "streams_interface=xattr", device, str(point)])
+            else:
+                kind = ["-t", one.filesystem] if one.filesystem else []
+                run(["mount", *kind, device, str(point)])
+            stack.callback(run, ["umount", str(point)])
+        yield root

@@ -1,0 +1,98 @@
+"""Recording: a directory or a device becomes an image file; and images are checked.
+
+The image appears under its name when it is whole, with its checksum as `env.yaml` wants it.  A tar
+of a running system leaves out what is mounted below it and what is of this boot alone.
+
+Blocking.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.errors import Code, KaError
+from common.sizes import format_size
+
+__all__ = ["KINDS", "check_image", "record"]
+
+KINDS = ("tar", "raw", "partclone")
+COPY_SIZE = 1 << 20
+_TAR = (
+    "tar", "--create", "--one-file-system", "--numeric-owner", "--xattrs", "--xattrs-include=*",
+    "--acls", "--sparse", "--sort=name", "--exclude=./tmp/*", "--exclude=./var/tmp/*",
+    "--exclude=./run/*", "--exclude=./var/cache/apt/archives/*.deb", "--exclude=./swapfile",
+)  # fmt: skip
+
+
+def check_image(path: Path, checksum: str | None) -> None:
+    """Raise USAGE when an image is not there, or is another one (if *checksum* is given)."""
+    try:
+        with open(path, "rb") as file:
+            if checksum is not None:
+                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+                if found != checksum:
+                    raise KaError(Code.USAGE, f"image {path}: its checksum is {found}")
+    except OSError as error:
+        raise KaError(Code.USAGE, f"image {path}: {error.strerror}") from None
+
+
+def command(kind: str, source: str, filesystem: str) -> list[str]:
+    """Return the words that write an image of *source* to standard output."""
+    if kind == "tar":
+        return [*_TAR, f"--directory={source}", "."]
+    if kind == "raw":
+        return ["cat", source]
+    name = f"partclone.{filesystem}"
+    return [name, "--clone", "--source", source, "--output", "-", "--logfile", "/dev/null"]
+
+
+def record(
+    kind: str, source: str, destination: Path, *, filesystem: str, prefix: Sequence[str] = ()
+) -> Iterator[str]:
+    """Capture an image, by *prefix* on another machine; yield what was made."""
+    if not source.startswith("/"):
+        raise KaError(Code.USAGE, f"not an absolute path: {source}")
+    words = command(kind, source, filesystem)
+    if prefix:
+        words = [*prefix, shlex.join(words)]
+    draft = destination.with_name(f".{destination.name}.part")
+    digest = hashlib.sha256()
+    size = 0
+    try:
+        with (
+            open(draft, "wb") as file,
+            tempfile.TemporaryFile() as errors,  # partclone says more than a pipe holds
+            subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=-1, stderr=errors) as reader,
+            subprocess.Popen(["zstd", "-q", "-T0", "-c"], stdin=reader.stdout, stdout=-1) as packer,
+        ):
+            assert reader.stdout is not None
+            assert packer.stdout is not None
+            reader.stdout.close()
+            while data := packer.stdout.read(COPY_SIZE):
+                digest.update(data)
+                size += len(data)
+                file.write(data)
+            reader.wait()
+            packer.wait()
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            file.flush()
+            os.fsync(file.fileno())
+        # GNU tar's 1: a file changed while it was read, as they do on a running system.
+        if packer.returncode != 0 or reader.returncode not in ((0, 1) if kind == "tar" else (0,)):
+            why = " ".join(said) or f"ended with {reader.returncode}"
+            raise KaError(Code.EIO, f"{source}: cannot be recorded: {why}")
+        os.replace(draft, destination)
+    finally:
+        draft.unlink(missing_ok=True)
+    yield f"{destination}: {format_size(size)}"
+    yield (
+        f"- {{file: {destination.name}, kind: {kind}, compression: zstd,"
+        f' checksum: "sha256:{digest.hexdigest()}", partition: PARTITION}}'
+    )

@@ -1,0 +1,314 @@
+"""What kadeploy remembers: environments, deployments, where every node is, what every step took.
+
+One SQLite file, mode 0600 (descriptions may hold what not everybody should read), written with
+`synchronous=FULL`: what `save` has returned from survives kill -9 and a power cut.  The only
+importer of sqlite3.
+
+Invariants
+  * an environment's name and version mean one text for ever: another text is refused;
+  * one head at a time carries out a deployment (`claim`, an flock that ends with the process).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common.errors import Code, KaError
+from kadeploy.workflow import NodeState, Status, StepRecord
+
+__all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "Store"]
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 10.0
+_SCHEMA = """
+CREATE TABLE environments (
+    name TEXT NOT NULL, version INTEGER NOT NULL, path TEXT NOT NULL, text TEXT NOT NULL,
+    digest TEXT NOT NULL, added_ms INTEGER NOT NULL, PRIMARY KEY (name, version)
+) STRICT;
+CREATE TABLE deployments (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, environment TEXT NOT NULL, version INTEGER NOT NULL,
+    request TEXT NOT NULL, started_ms INTEGER NOT NULL, ended_ms INTEGER
+) STRICT;
+CREATE TABLE nodes (
+    deployment INTEGER NOT NULL REFERENCES deployments (id), name TEXT NOT NULL,
+    state TEXT NOT NULL, changed_ms INTEGER NOT NULL, PRIMARY KEY (deployment, name)
+) STRICT;
+CREATE TABLE steps (
+    deployment INTEGER NOT NULL REFERENCES deployments (id), node TEXT NOT NULL,
+    macro TEXT NOT NULL, implementation TEXT NOT NULL, step TEXT NOT NULL,
+    attempt INTEGER NOT NULL, ended_ms INTEGER NOT NULL, took_ms INTEGER NOT NULL,
+    ok INTEGER NOT NULL, reason TEXT NOT NULL
+) STRICT;
+CREATE INDEX steps_by_node ON steps (deployment, node);
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentRow:
+    name: str
+    version: int
+    path: str
+    """Of the description; its images and templates are beside it."""
+    text: str
+    digest: str
+    added_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentRow:
+    id: int
+    environment: str
+    version: int
+    request: dict[str, Any]
+    started_ms: int
+    ended_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryRow:
+    """One try of a step, as stored."""
+
+    node: str
+    macro: str
+    implementation: str
+    step: str
+    attempt: int
+    ended_ms: int
+    took_ms: int
+    ok: bool
+    reason: str
+
+
+class Store:
+    """Open with `Store.open`; a context manager.  Blocking; one thread at a time."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
+        self._path = path
+        self._db = connection
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open or make the store; raises USAGE with what to do."""
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            if path.stat().st_mode & 0o077:
+                raise KaError(Code.USAGE, f"{path}: others may read it: chmod 600 {path}")
+            db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=FULL")
+            db.execute("PRAGMA foreign_keys=ON")
+            store = cls(path, db)
+            store._make()
+        except OSError as error:
+            raise KaError(Code.USAGE, f"{path}: {error.strerror}") from None
+        except sqlite3.DatabaseError as error:
+            raise KaError(Code.USAGE, f"{path}: not a store of kadeploy: {error}") from None
+        return store
+
+    def _make(self) -> None:
+        with self._writing():
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    self._db.execute(statement)
+                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            elif version != SCHEMA_VERSION:
+                raise KaError(
+                    Code.USAGE, f"{self._path}: made by another version of kadeploy ({version})"
+                )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # ------------------------------------------------------------ environments
+
+    def add_environment(
+        self, name: str, version: int, path: Path, text: str, now_ms: int
+    ) -> EnvironmentRow:
+        """Record a description; raises USAGE when the version is there with another text."""
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        with self._writing():
+            for row in self.environments(name):
+                if row.version == version and row.digest != digest:
+                    raise KaError(
+                        Code.USAGE,
+                        f"{name} version {version} is there with another text: raise the version",
+                    )
+            row = EnvironmentRow(name, version, str(path), text, digest, now_ms)
+            self._db.execute(
+                "INSERT INTO environments VALUES (?, ?, ?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET path = excluded.path",
+                (name, version, str(path), text, digest, now_ms),
+            )
+        return row
+
+    def environments(self, name: str | None = None) -> list[EnvironmentRow]:
+        """Return all, or all versions of one, oldest first."""
+        rows = self._db.execute(
+            "SELECT * FROM environments WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version",
+            (name,),
+        )
+        return [EnvironmentRow(*row) for row in rows]
+
+    def environment(self, name: str, version: int | None = None) -> EnvironmentRow:
+        """Return one version, the newest if none is named; raises USAGE."""
+        found = [row for row in self.environments(name) if version in (None, row.version)]
+        if not found:
+            what = name if version is None else f"{name} version {version}"
+            raise KaError(Code.USAGE, f"no environment {what}: see `kadeploy env list`")
+        return found[-1]
+
+    # ------------------------------------------------------------ deployments
+
+    def begin(
+        self,
+        environment: EnvironmentRow,
+        request: dict[str, Any],
+        nodes: Sequence[str],
+        now_ms: int,
+    ) -> int:
+        """Record a deployment with all its nodes at the start; return its number."""
+        with self._writing():
+            number = self._db.execute(
+                "INSERT INTO deployments (environment, version, request, started_ms)"
+                " VALUES (?, ?, ?, ?)",
+                (environment.name, environment.version, json.dumps(request), now_ms),
+            ).lastrowid
+            assert number is not None
+            self._put_nodes(number, (NodeState(name) for name in nodes), now_ms)
+        return number
+
+    def save(
+        self,
+        deployment: int,
+        nodes: Iterable[NodeState],
+        records: Iterable[StepRecord],
+        now_ms: int,
+        clock_offset_ms: int = 0,
+    ) -> None:
+        """Store what changed.  *clock_offset_ms*: from the records' clock to the calendar's."""
+        with self._writing():
+            self._put_nodes(deployment, nodes, now_ms)
+            self._db.executemany(
+                "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    (
+                        deployment,
+                        one.node,
+                        one.macro,
+                        one.implementation,
+                        one.step,
+                        one.attempt,
+                        one.ended_ms + clock_offset_ms,
+                        one.ended_ms - one.started_ms,
+                        one.ok,
+                        one.reason,
+                    )
+                    for one in records
+                ),
+            )
+
+    def _put_nodes(self, deployment: int, nodes: Iterable[NodeState], now_ms: int) -> None:
+        self._db.executemany(
+            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?)",
+            (
+                (deployment, node.name, json.dumps(asdict(node), default=_plain), now_ms)
+                for node in nodes
+            ),
+        )
+
+    def end(self, deployment: int, now_ms: int) -> None:
+        with self._writing():
+            self._db.execute(
+                "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
+            )
+
+    def deployments(self, count: int = 1000) -> list[DeploymentRow]:
+        """Return the last ones, oldest first."""
+        rows = self._db.execute("SELECT * FROM deployments ORDER BY id DESC LIMIT ?", (count,))
+        made = [
+            DeploymentRow(number, name, version, json.loads(request), started_ms, ended_ms)
+            for number, name, version, request, started_ms, ended_ms in rows
+        ]
+        return made[::-1]
+
+    def deployment(self, number: int | None = None) -> DeploymentRow:
+        """Return one, the last if no number is given; raises USAGE."""
+        found = [row for row in self.deployments() if number in (None, row.id)]
+        if not found:
+            raise KaError(Code.USAGE, "no such deployment: see `kadeploy history`")
+        return found[-1]
+
+    def nodes(self, deployment: int) -> list[NodeState]:
+        rows = self._db.execute(
+            "SELECT state FROM nodes WHERE deployment = ? ORDER BY rowid", (deployment,)
+        )
+        states = (json.loads(state) for (state,) in rows)
+        return [NodeState(**{**state, "status": Status(state["status"])}) for state in states]
+
+    def history(self, deployment: int, node: str | None = None) -> list[HistoryRow]:
+        """Return every try of every step, in the order they ended."""
+        rows = self._db.execute(
+            "SELECT node, macro, implementation, step, attempt, ended_ms, took_ms, ok, reason"
+            " FROM steps WHERE deployment = ?1 AND (?2 IS NULL OR node = ?2) ORDER BY rowid",
+            (deployment, node),
+        )
+        made = (HistoryRow(*row) for row in rows)
+        return [replace(row, ok=bool(row.ok)) for row in made]
+
+    def has(self, node: str) -> tuple[str, int] | None:
+        """Return environment and version that a node was last deployed with; None if it failed."""
+        row = self._db.execute(
+            "SELECT environment, version, json_extract(state, '$.status') FROM nodes"
+            " JOIN deployments ON id = deployment WHERE name = ? ORDER BY id DESC LIMIT 1",
+            (node,),
+        ).fetchone()
+        if row is None or row[2] != Status.DEPLOYED.value:
+            return None
+        return row[0], row[1]
+
+    @contextlib.contextmanager
+    def claim(self, deployment: int) -> Iterator[None]:
+        """Be the only head of a deployment meanwhile; raises BUSY when another is."""
+        path = self._path.with_name(f"{self._path.name}.{deployment}.lock")
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                message = f"deployment {deployment} is being carried out by another process"
+                raise KaError(Code.BUSY, message) from None
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+
+def _plain(value: object) -> str:
+    assert isinstance(value, Status)
+    return value.value

@@ -1,0 +1,138 @@
+"""kadeploy's command line: what it prints, what it refuses, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kadeploy.cli import kadeploy
+from kadeploy.orders import TOKEN_PATH
+from kadeploy.store import Store
+from kadeploy.workflow import NodeState, Status
+from tests.support import deploy
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = (
+    "env", "env add", "env check", "env list", "env show", "history", "mkenv", "plan", "power",
+    "record", "run", "status",
+)  # fmt: skip
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A head's configuration with an environment beside it."""
+    (tmp_path / "kadeploy.toml").write_text('nodes = "nodes.yaml"\nstate = "state"\n')
+    (tmp_path / "nodes.yaml").write_text(
+        'ssh_keys: ["ssh-ed25519 AAAAC3Nz root@head"]\ndomain: lab.example\nnodes:\n'
+        "  - {name: pc1, address: 10.0.0.1/24, disks: [{role: system, serial: SN0001}],\n"
+        "     variables: [{name: room, value: E12}]}\n"
+        "  - {name: pc2, disks: [{role: system, serial: SN0002}]}\n"
+    )
+    (tmp_path / "env.yaml").write_text(deploy.LINUX)
+    (tmp_path / "debian.tar.zst").write_bytes(bytes(5000))
+    for name in ("motd.j2", "first.sh"):
+        (tmp_path / name).write_text(deploy.read_template(name))
+    (tmp_path / "facts.json").write_text(json.dumps(deploy.raw_facts()))
+    return tmp_path
+
+
+@dataclass(frozen=True)
+class Answer:
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def call(site: Path, *words: str) -> Answer:
+    """Run the command line as the installed program does."""
+    program = "from kadeploy.cli import main; main()"
+    command = [sys.executable, "-c", program, "-c", str(site / "kadeploy.toml"), *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(kadeploy, [*command.split(), "--help"])
+    assert result.exit_code == 0
+    assert "Example: kadeploy" in result.output
+
+
+def test_an_environment_is_added_listed_shown_and_checked(site: Path) -> None:
+    path = str(site / "env.yaml")
+    assert call(site, "env", "check", path).exit_code == 0
+    assert call(site, "env", "add", path).stdout == "debian12 version 3 added\n"
+    (row,) = json.loads(call(site, "env", "list", "--json").stdout)
+    assert (row["name"], row["version"], row["path"]) == ("debian12", 3, path)
+    assert call(site, "env", "show", "debian12").stdout == deploy.LINUX
+    wrong = call(site, "env", "check", "--sums", path)
+    assert wrong.exit_code == 2
+    assert "its checksum is sha256:" in wrong.stderr
+
+
+def test_a_missing_image_is_one_line(site: Path) -> None:
+    (site / "debian.tar.zst").unlink()
+    result = call(site, "env", "add", str(site / "env.yaml"))
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "No such file" in result.stderr
+
+
+def test_plan_prints_what_would_be_done_from_facts(site: Path) -> None:
+    words = ["plan", "-w", "pc1", "--facts", str(site / "facts.json"), str(site / "env.yaml")]
+    result = call(site, *words)
+    assert result.exit_code == 0, result.stderr
+    assert "- /dev/sda1 at 1MiB, 1GiB: ext4 old" in result.stdout
+    assert TOKEN_PATH in result.stdout
+    (content,) = json.loads(call(site, *words, "--json").stdout)
+    assert content["disks"][0]["holds_data"] is True
+
+
+def test_plan_refuses_a_disk_by_its_serial_and_plans_the_others(site: Path) -> None:
+    words = ["plan", "-w", "pc[1-2]", "--facts", str(site / "facts.json"), str(site / "env.yaml")]
+    result = call(site, *words)
+    assert result.exit_code == 1
+    assert "pc1: UEFI" in result.stdout
+    assert "pc2: pc2: disk system refused: no disk has serial SN0002" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["run"], 2, "run needs -w NODES"),
+        (["run", "-w", "pc1", "nothing"], 2, "no environment nothing"),
+        (["run", "-w", "pc9", "debian12"], 2, "no node 'pc9'"),
+        (["run", "-w", "pc1", "debian12", "--breakpoint", "x"], 2, "no step 'x' to stop at"),
+        (["status"], 2, "no such deployment"),
+        (["power", "-w", "pc1", "on"], 1, ""),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_it_begins(
+    site: Path, words: list[str], code: int, said: str
+) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    result = call(site, *words)
+    assert result.exit_code == code
+    assert said in result.stderr
+    with Store.open(site / "state/kadeploy.db") as store:
+        assert store.deployments() == []
+
+
+def test_status_names_every_failure_with_its_reason(site: Path) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    with Store.open(site / "state/kadeploy.db") as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc1", "pc2", "pc3"], 0)
+        done = NodeState("pc1", status=Status.DEPLOYED)
+        lost = NodeState("pc2", status=Status.FAILED, reason="disk is gone")
+        store.save(number, [done, lost], [], 1)
+    result = call(site, "status")
+    assert result.exit_code == 1
+    assert "deployed: pc1" in result.stdout
+    assert "failed: pc2: disk is gone" in result.stdout
+    assert "1 debian12 3" in call(site, "history").stdout
