@@ -40,7 +40,7 @@ def left(directory: Path) -> list[object]:
 
 
 def test_the_demo_passes_and_leaves_nothing(short_path: Path) -> None:
-    with demo(short_path, "--size", "5MiB") as process:
+    with demo(short_path, "--size", "12MiB") as process:
         text, _ = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, text
     assert "all equal" in text
@@ -55,7 +55,7 @@ def test_the_demo_passes_and_leaves_nothing(short_path: Path) -> None:
 def test_an_interrupted_demo_leaves_nothing(
     short_path: Path, number: signal.Signals, moment: str
 ) -> None:
-    with demo(short_path, "--size", "5MiB") as process:
+    with demo(short_path, "--size", "12MiB") as process:
         assert process.stdout is not None
         if moment == "starting":
             while not list(short_path.glob("*/cluster/run/iod1.pid")):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import http.server
 import json
-import shutil
 import socket
-import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -114,68 +111,3 @@ async def test_redfish_switches_and_tells() -> None:
             await power(wrong, "pc1", PowerAction.OFF)
         finally:
             server.shutdown()
-
-
-# ---------------------------------------------------------------- OpenIPMI's simulator
-
-_LAN = """name "bmc"
-set_working_mc 0x20
-  startlan 1
-    addr 127.0.0.1 {port}
-    priv_limit admin
-    allowed_auths_callback none md2 md5 straight
-    allowed_auths_user none md2 md5 straight
-    allowed_auths_operator none md2 md5 straight
-    allowed_auths_admin none md2 md5 straight
-    guid a123456789abcdefa123456789abcdef
-  endlan
-  chassis_control "{script}"
-  user 1 true  ""        "secret" user  10 none md2 md5 straight
-  user 2 true  "admin"   "secret" admin 10 none md2 md5 straight
-"""
-_EMU = "mc_setbmc 0x20\nmc_add 0x20 0 no-device-sdrs 0x23 9 8 0x9f 0x1291 0xf02\nmc_enable 0x20\n"
-_CONTROL = """#!/bin/sh
-# OpenIPMI asks `control get power`, and tells `control set power 1`.
-state={state}
-case "$1" in
-  get) echo "power:$(cat $state)" ;;
-  set) shift; while [ $# -gt 0 ]; do
-         case $1 in power) echo "$2" >$state ;; reset) echo reset >>$state.log ;; esac
-         shift 2
-       done ;;
-esac
-"""
-
-
-@pytest.fixture
-def bmc(tmp_path: Path) -> Iterator[PowerSpec]:
-    if shutil.which("ipmi_sim") is None:
-        pytest.skip("not installed: openipmi")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    state, script, password = tmp_path / "power", tmp_path / "control", tmp_path / "password"
-    state.write_text("0\n")
-    script.write_text(_CONTROL.format(state=state))
-    script.chmod(0o755)
-    password.write_text("secret\n")
-    password.chmod(0o600)
-    (tmp_path / "lan.conf").write_text(_LAN.format(port=port, script=script))
-    (tmp_path / "sim.emu").write_text(_EMU)
-    words = ["ipmi_sim", "-c", str(tmp_path / "lan.conf"), "-f", str(tmp_path / "sim.emu")]
-    words += ["-s", str(tmp_path), "-n"]
-    with open(tmp_path / "log", "wb") as log:
-        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        yield PowerSpec(PowerDriver.IPMI, "127.0.0.1", port, "admin", str(password))
-    finally:
-        process.kill()
-        process.wait()
-
-
-async def test_openipmis_machine_is_switched_on_and_off(bmc: PowerSpec) -> None:
-    assert await power(bmc, "pc1", PowerAction.STATUS) == "off"
-    await power(bmc, "pc1", PowerAction.ON)
-    assert await power(bmc, "pc1", PowerAction.STATUS) == "on"
-    await power(bmc, "pc1", PowerAction.OFF)
-    assert await power(bmc, "pc1", PowerAction.STATUS) == "off"
