@@ -325,8 +325,8 @@ async def _run(store: Store, found: Settings, number: int, quiet: bool) -> list[
         for one in records:
             click.echo(views.record_line(one), err=True)
 
-    head = Head(store, number, deployment, deployer, on_change=None if quiet else tell)
-    deployment.release(held, 0)
+    on_change = None if quiet else tell
+    head = Head(store, number, deployment, deployer, release=held, on_change=on_change)
     await head.run()
     return store.nodes(number)
 

@@ -62,12 +62,15 @@ class Head:
         deployment: Deployment,
         steps: Steps,
         *,
+        release: Sequence[str] = (),
         on_change: Callable[[Sequence[NodeState], Sequence[StepRecord]], None] | None = None,
     ) -> None:
+        """*release*: nodes held at a breakpoint that may go on."""
         self._store = store
         self._number = number
         self._deployment = deployment
         self._steps = steps
+        self._release = release
         self._on_change = on_change
         self._results: list[tuple[str, int, str]] = []
         self._wake = trio.Event()
@@ -77,7 +80,7 @@ class Head:
         """Go on until every node has a verdict or is held."""
         offset_ms = time.time_ns() // 1_000_000 - _now_ms()
         async with trio.open_nursery() as nursery:
-            actions = self._deployment.tick(_now_ms())
+            actions = self._deployment.release(self._release, _now_ms())
             while True:
                 self._save(offset_ms)
                 for action in actions:

@@ -149,6 +149,10 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
     _write(root / "etc/ssh/sshd_config", SSHD, 0o644)
     _write(root / MARKER.lstrip("/"), f"kadeploy {importlib.metadata.version('ka')}\n", 0o644)
     _write(root / "etc/hostname", "deployment\n", 0o644)
+    for name in ("reboot", "poweroff"):
+        link = root / "usr/sbin" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to("/usr/bin/busybox")  # there is no systemd to do it
     _copy_libraries(root)
     for pattern in ("etc/ssh/ssh_host_*", "boot/*", "var/log/*", "var/cache/apt/*", "tmp/*",
                     "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"):  # fmt: skip

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,21 @@ def test_only_what_a_node_was_last_deployed_with_counts(tmp_path: Path) -> None:
         done = type(node)(node.name, status=Status.DEPLOYED)
         store.save(number, [done], [], 5)
         assert store.has(node.name) == ("debian", 1)
+
+
+async def test_held_nodes_wait_in_the_store_until_a_head_releases_them(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    mock = MockNodes(STEP_S)
+    stopping = replace(workflow(STEP_S), breakpoints=("prepare-disks",))
+    with Store.open(tmp_path / "store.db") as store:
+        number = begin(store, 3)
+        await Head(store, number, Deployment(stopping, store.nodes(number)), mock).run()
+        held = [node for node in store.nodes(number) if node.status is Status.HELD]
+        assert len(held) == 3
+        assert store.deployment(number).ended_ms is None
+        deployment = Deployment(stopping, store.nodes(number))
+        names = [node.name for node in held]
+        await Head(store, number, deployment, mock, release=names).run()
+        assert {node.status for node in store.nodes(number)} == {Status.DEPLOYED}
+        assert all(row.ok for row in store.history(number))
