@@ -127,6 +127,8 @@ class _Held:
         self._where = where
         self._at: dict[str, tuple[Run, int]] = {}
         """For each node: the run that it is in, and its rank there."""
+        self._calling = trio.Lock()
+        """Held while nodes are called, so that the next job does not call them once more."""
         self.done_fd, self._tell_fd = os.pipe()
         self.there = threading.Event()
         self.token: trio.lowlevel.TrioToken
@@ -150,7 +152,8 @@ class _Held:
     async def _carry_out(self, job: _Job) -> None:
         try:
             with job.scope:
-                await self._call([name for name in job.names if self._is_out(name)])
+                async with self._calling:
+                    await self._call([name for name in job.names if self._is_out(name)])
                 if job.printer is not None:
                     await self._command(job.names, job.text, job.printer)
         except KaError as error:

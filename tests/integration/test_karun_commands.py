@@ -56,7 +56,7 @@ def test_top_shows_every_node_once_with_its_rates() -> None:
 
 def test_top_names_the_nodes_that_are_not_there(tmp_path: Path) -> None:
     config = tmp_path / "config"
-    config.write_text("Host *\n  ProxyCommand false\n")
+    config.write_text("Host *\n  HostName 127.0.0.1\n  Port 1\n")
     code, out, _ = karun("top", "--ssh-config", str(config), "-w", "n[1-3]", "--once")
     assert code == 255
     assert out.splitlines()[1].startswith("n[1-3] (3): ")
