@@ -21,7 +21,16 @@ import trio
 
 from common import log, nodeset
 from common.errors import Code, KaError
-from kadeploy import descriptions, planview, power_drivers, recording, running, settings, views
+from kadeploy import (
+    cli_web,
+    descriptions,
+    planview,
+    power_drivers,
+    recording,
+    running,
+    settings,
+    views,
+)
 from kadeploy.deploying import Target, plan_for
 from kadeploy.disks import facts_from_json
 from kadeploy.links import SshLink
@@ -65,6 +74,10 @@ def kadeploy(context: click.Context, config: str, log_level: str) -> None:
     """Clone operating systems onto the disks of many nodes."""
     log.configure(log_level)
     context.obj = Path(config)
+
+
+kadeploy.add_command(cli_web.serve)
+kadeploy.add_command(cli_web.token)
 
 
 def main() -> NoReturn:

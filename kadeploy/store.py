@@ -257,8 +257,10 @@ class Store:
             )
 
     def _put_nodes(self, deployment: int, nodes: Iterable[NodeState], now_ms: int) -> None:
+        # An update in place: the nodes keep their order.
         self._db.executemany(
-            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?)",
+            "INSERT INTO nodes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET state = excluded.state, changed_ms = excluded.changed_ms",
             (
                 (deployment, node.name, json.dumps(asdict(node), default=_plain), now_ms)
                 for node in nodes
@@ -271,9 +273,15 @@ class Store:
                 "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
             )
 
-    def deployments(self, count: int = 1000) -> list[DeploymentRow]:
-        """Return the last ones, oldest first."""
-        rows = self._db.execute("SELECT * FROM deployments ORDER BY id DESC LIMIT ?", (count,))
+    def deployments(
+        self, count: int = 1000, *, number: int | None = None, open_only: bool = False
+    ) -> list[DeploymentRow]:
+        """Return the last ones, oldest first; only that *number*, only those not ended."""
+        rows = self._db.execute(
+            "SELECT * FROM deployments WHERE (?1 IS NULL OR id = ?1)"
+            " AND (NOT ?2 OR ended_ms IS NULL) ORDER BY id DESC LIMIT ?3",
+            (number, open_only, count),
+        )
         made = [
             DeploymentRow(number, name, version, json.loads(request), started_ms, ended_ms)
             for number, name, version, request, started_ms, ended_ms in rows
@@ -282,10 +290,10 @@ class Store:
 
     def deployment(self, number: int | None = None) -> DeploymentRow:
         """Return one, the last if no number is given; raises USAGE."""
-        found = [row for row in self.deployments() if number in (None, row.id)]
+        found = self.deployments(1, number=number)
         if not found:
             raise KaError(Code.USAGE, "no such deployment: see `kadeploy history`")
-        return found[-1]
+        return found[0]
 
     def nodes(self, deployment: int) -> list[NodeState]:
         rows = self._db.execute(
@@ -360,8 +368,8 @@ class Store:
     def require_free(self, names: Iterable[str], but: int = 0) -> None:
         """Raise BUSY if a head, of another deployment than *but*, has one of these nodes."""
         wanted = set(names)
-        for row in self.deployments():
-            if row.id == but or row.ended_ms is not None or not self.claimed(row.id):
+        for row in self.deployments(open_only=True):
+            if row.id == but or not self.claimed(row.id):
                 continue
             for node in self.nodes(row.id):
                 if node.name in wanted and not node.ended:
