@@ -38,7 +38,7 @@ from kadeploy.rights import Grant
 from kadeploy.service import Service
 from kadeploy.tokens import Tokens
 
-__all__ = ["make_app"]
+__all__ = ["ROUTES", "make_app"]
 
 BODY_SIZE_MAX = 64 * 1024
 BODY_S = 10.0
@@ -49,6 +49,26 @@ KEEPALIVE_S = 15.0
 COOKIE = "kadeploy"
 PAGE = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
+_API = "/api/v1"
+_ONE = f"{_API}/deployments/{{number:int}}"
+ROUTES = (
+    ("GET", "/", "page"),
+    ("GET", "/login", "login_form"),
+    ("POST", "/login", "login"),
+    ("POST", "/logout", "logout"),
+    ("GET", "/static/{name}", "static"),
+    ("GET", f"{_API}/me", "me"),
+    ("GET", f"{_API}/environments", "environments"),
+    ("GET", f"{_API}/nodes", "nodes"),
+    ("GET", f"{_API}/deployments", "deployments"),
+    ("POST", f"{_API}/deployments", "begin"),
+    ("GET", _ONE, "deployment"),
+    ("GET", f"{_ONE}/events", "events"),
+    ("GET", f"{_ONE}/nodes/{{name}}", "node"),
+    ("POST", f"{_ONE}/resume", "resume"),
+    ("POST", f"{_ONE}/cancel", "cancel"),
+)
+"""Method, path, and the endpoint's name in `_Web`."""
 _STATUS = {
     Code.USAGE: HTTPStatus.BAD_REQUEST,
     Code.TIMEOUT: HTTPStatus.REQUEST_TIMEOUT,
@@ -73,23 +93,10 @@ _logger = log.get("kadeploy.web")
 def make_app(service: Service, tokens: Tokens) -> ASGIApp:
     """Return the ASGI application."""
     web = _Web(service, tokens)
-    one = "/api/v1/deployments/{number:int}"
     app = Starlette(
         routes=[
-            Route("/", web.page),
-            Route("/login", web.login, methods=["GET", "POST"]),
-            Route("/logout", web.logout, methods=["POST"]),
-            Route("/static/{name}", web.static),
-            Route("/api/v1/me", web.me),
-            Route("/api/v1/environments", web.environments),
-            Route("/api/v1/nodes", web.nodes),
-            Route("/api/v1/deployments", web.deployments, methods=["GET"]),
-            Route("/api/v1/deployments", web.begin, methods=["POST"]),
-            Route(one, web.deployment),
-            Route(f"{one}/events", web.events),
-            Route(f"{one}/resume", web.resume, methods=["POST"]),
-            Route(f"{one}/cancel", web.cancel, methods=["POST"]),
-            Route(f"{one}/nodes/{{name}}", web.node),
+            Route(path, getattr(web, endpoint), methods=[method])
+            for method, path, endpoint in ROUTES
         ],
         exception_handlers={KaError: _refused, HTTPException: _refused_http, Exception: _broken},
     )
@@ -220,9 +227,10 @@ class _Web:
             return RedirectResponse("/login", HTTPStatus.SEE_OTHER)
         return self._file("index.html")
 
+    async def login_form(self, request: Request) -> Response:
+        return self._file("login.html")
+
     async def login(self, request: Request) -> Response:
-        if request.method != "POST":
-            return self._file("login.html")
         _require_own_origin(request)
         form = parse_qs((await _body(request)).decode(errors="replace"), max_num_fields=4)
         token = "".join(form.get("token", [])).strip()

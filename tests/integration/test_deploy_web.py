@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from kadeploy.rights import Grant, Right
 from kadeploy.settings import Settings
 from kadeploy.store import Store
 from kadeploy.tokens import Tokens
-from tests.support.deploy_web import Answer, Site, serving, token_for, write_site
+from kadeploy.web import ROUTES
+from tests.support.deploy_web import ROOT, Answer, Site, serving, token_for, write_site
 
 COUNT = 12
 STEP_S = 0.02
@@ -73,22 +75,18 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Room]:
     assert not any(token in said for token in tokens)
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", "/api/v1/me"),
-        ("GET", "/api/v1/environments"),
-        ("GET", "/api/v1/nodes"),
-        ("GET", DEPLOYMENTS),
-        ("POST", DEPLOYMENTS),
-        ("GET", f"{DEPLOYMENTS}/1"),
-        ("GET", f"{DEPLOYMENTS}/1/events"),
-        ("GET", f"{DEPLOYMENTS}/1/nodes/pc001"),
-        ("POST", f"{DEPLOYMENTS}/1/cancel"),
-        ("POST", f"{DEPLOYMENTS}/1/resume"),
-    ],
-)
+API = [(method, path) for method, path, _ in ROUTES if path.startswith("/api/")]
+
+
+def test_the_document_has_just_these_requests() -> None:
+    text = (ROOT / "docs/kadeploy.md").read_text()
+    documented = re.findall(r"^\| `(GET|POST) (/api/\S+)` \|", text, re.M)
+    assert documented == [(method, path.replace(":int", "")) for method, path in API]
+
+
+@pytest.mark.parametrize(("method", "path"), API)
 def test_nothing_is_answered_without_a_valid_token(room: Room, method: str, path: str) -> None:
+    path = path.replace("{number:int}", "1").replace("{name}", "pc001")
     for token in ("wrong", f"ka-{room.root[3:11]}-{'A' * 43}", room.root + "x"):
         answer = room.site.ask(path, token=token, method=method)
         assert (answer.status, answer.json["code"]) == (401, "AUTH")
