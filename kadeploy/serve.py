@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from functools import partial
 from typing import cast
 
@@ -25,7 +26,7 @@ from kadeploy import running
 from kadeploy.deploying import Deployer
 from kadeploy.running import MakeSteps
 from kadeploy.service import Service
-from kadeploy.settings import Settings
+from kadeploy.settings import Settings, Web
 from kadeploy.store import Store
 from kadeploy.tokens import Tokens
 from kadeploy.web import make_app
@@ -35,6 +36,8 @@ __all__ = ["serve"]
 GRACE_S = 1.0
 """For answers under way; streams of events never end by themselves."""
 HEADER_SIZE_MAX = 16 * 1024
+STALL_MS = 10_000
+"""A client that takes nothing for so long is dropped by the kernel: Hypercorn shields its sends."""
 
 _logger = log.get("kadeploy.serve")
 
@@ -71,12 +74,8 @@ async def _run(
         nursery.start_soon(_until_signal, stop)
         # The two libraries write the types of one protocol, ASGI, differently.
         framework = cast(Framework, app)
-        work = partial(serve_http, framework, _hypercorn(settings), shutdown_trigger=stop.wait)
-        try:
-            binds = await nursery.start(work)
-        except OSError as error:
-            where = f"{settings.web.address}:{settings.web.port}"
-            raise KaError(Code.USAGE, f"cannot serve on {where}: {error.strerror}") from None
+        work = partial(serve_http, framework, _hypercorn(settings.web), shutdown_trigger=stop.wait)
+        binds = await nursery.start(work)
         for row in store.deployments(open_only=True):
             if row.request.get("user") and not store.claimed(row.id):
                 start(row.id, False)
@@ -97,18 +96,37 @@ async def _until_signal(stop: trio.Event) -> None:
             stop.set()
 
 
-def _hypercorn(settings: Settings) -> Config:
-    web = settings.web
+def _hypercorn(web: Web) -> Config:
     config = Config()
-    address = f"[{web.address}]" if ":" in web.address else web.address
-    config.bind = [f"{address}:{web.port}"]
+    config.bind = [f"fd://{_listen(web)}"]
     if web.certificate is not None and web.key is not None:
         config.certfile, config.keyfile = str(web.certificate), str(web.key)
+        try:
+            config.create_ssl_context()
+        except OSError as error:
+            message = f"cannot use {web.certificate} with {web.key}: {error}"
+            raise KaError(Code.USAGE, message) from None
+    config.alpn_protocols = ["http/1.1"]  # one way to hold up a stream, not two
     config.graceful_timeout = GRACE_S
     config.h11_max_incomplete_size = HEADER_SIZE_MAX
     config.include_server_header = False
     config.errorlog = None
     return config
+
+
+def _listen(web: Web) -> int:
+    """Return a socket to listen at, made here so that a mistake is one line."""
+    family = socket.AF_INET6 if ":" in web.address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # What is accepted inherits it.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALL_MS)
+        try:
+            sock.bind((web.address, web.port))
+        except OSError as error:
+            where = f"{web.address} port {web.port}"
+            raise KaError(Code.USAGE, f"cannot serve on {where}: {error.strerror}") from None
+        return sock.detach()
 
 
 async def _carry_out(settings: Settings, make_steps: MakeSteps, number: int, release: bool) -> None:

@@ -93,6 +93,7 @@ async function listDeployments() {
   }));
   select.value = want;
   $("nothing").hidden = list.length > 0;
+  $("choice").hidden = $("connection").hidden = list.length === 0;
   if (want && (!shown || shown.id !== want)) follow(want);
 }
 
@@ -127,6 +128,7 @@ function begin(deployment) {
 }
 
 function change(news) {
+  if (news.running !== shown.running) listDeployments();
   shown = { ...shown, ...news, outline: shown.outline };
   for (const node of news.nodes) {
     nodes.set(node.name, node);

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import re
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +25,15 @@ from kadeploy.settings import Settings
 from kadeploy.store import Store
 from kadeploy.tokens import Tokens
 from kadeploy.web import ROUTES
-from tests.support.deploy_web import ROOT, Answer, Site, serving, token_for, write_site
+from tests.support.deploy_web import (
+    ROOT,
+    Answer,
+    Site,
+    serving,
+    token_for,
+    write_certificate,
+    write_site,
+)
 
 COUNT = 12
 STEP_S = 0.02
@@ -316,6 +328,68 @@ def test_a_killed_server_goes_on_and_one_node_has_one_deployment(tmp_path: Path)
         steps = [(row.node, row.step) for row in store.history(number) if row.ok]
     assert done <= set(steps)
     assert len(steps) == len(set(steps)), "a step that had ended was done again"
+
+
+def test_the_command_serves_over_tls_and_does_the_real_steps(tmp_path: Path) -> None:
+    found = write_site(tmp_path, 2, 0.01)
+    write_certificate(tmp_path)
+    token = token_for(found, "root", "*", Right.DEPLOY)
+    with serving(tmp_path, None) as site:
+        assert site.url.startswith("https://")
+        room = Room(site, found, token, token, token)
+        content = room.until_ended(room.begin("pc[001-002]"))
+        # There is no kaboot here, which real steps find out.
+        reasons = {one["reason"] for one in content["nodes"]}
+        assert reasons == {"no kaboot inventory in the configuration (key kaboot)"}
+        form = {"Origin": site.url, "Content-Type": "application/x-www-form-urlencoded"}
+        cookie = site.ask("/login", body=f"token={token}".encode(), headers=form).headers
+        assert "Secure" in cookie["set-cookie"]
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    write_site(tmp_path, 1, 0.01)
+    config = tmp_path / "kadeploy.toml"
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        config.write_text(config.read_text().replace("port = 0", f"port = {port}"))
+        program = "from kadeploy.cli import main; main()"
+        words = [sys.executable, "-c", program, "-c", str(config), "serve"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2
+    where = f"127.0.0.1 port {port}"
+    assert done.stderr == f"kadeploy: cannot serve on {where}: Address already in use\n"
+
+
+def test_those_who_say_nothing_keep_nobody_out(room: Room) -> None:
+    """Hundreds of connections that begin a request and never end it."""
+    place = urlsplit(room.site.url)
+    address = (str(place.hostname), int(place.port or 0))
+    with contextlib.ExitStack() as stack:
+        for _ in range(300):
+            silent = stack.enter_context(socket.create_connection(address))
+            silent.sendall(b"POST /api/v1/deployments HTTP/1.1\r\nHost: x\r\n")
+        assert room.site.ask("/api/v1/me", token=room.bob).status == 200
+
+
+@pytest.mark.slow
+def test_a_client_that_takes_no_answers_is_dropped(room: Room) -> None:
+    """Else it would hold up its task for ever, and the end of the server with it."""
+    number = room.begin(f"pc[001-{COUNT:03}]")
+    place = urlsplit(room.site.url)
+    request = (
+        f"GET {DEPLOYMENTS}/{number} HTTP/1.1\r\nHost: head\r\n"
+        f"Authorization: Bearer {room.root}\r\n\r\n"
+    ).encode()
+    with socket.socket() as greedy:
+        greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        greedy.connect((str(place.hostname), int(place.port or 0)))
+        greedy.settimeout(WAIT_S)
+        # Without a time-out of the server's, this would wait for ours when all buffers are full.
+        with pytest.raises(ConnectionError):
+            greedy.sendall(request * 100_000)
+    room.until_ended(number)
 
 
 # ---------------------------------------------------------------- tokens and configuration

@@ -7,9 +7,12 @@ steps are not real.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.client
+import ipaddress
 import json
 import os
+import ssl
 import subprocess
 import sys
 import time
@@ -18,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from common import log
 from kadeploy import serve, settings
@@ -31,6 +38,7 @@ from tests.support.deploy_mock import MockNodes, name_of
 
 ROOT = Path(__file__).parents[2]
 STOP_S = 20.0
+CERTIFICATE, KEY = "tls.pem", "tls.key"
 _CONFIG = """nodes = "nodes.yaml"
 state = "state"
 
@@ -63,6 +71,36 @@ def write_site(directory: Path, count: int, step_s: float) -> Settings:
     return found
 
 
+def write_certificate(directory: Path) -> None:
+    """Make a certificate of this host's own, and put it into the configuration."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "head")])
+    now = datetime.datetime.now(datetime.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    (directory / CERTIFICATE).write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (directory / KEY).write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    path = directory / "kadeploy.toml"
+    lines = f'[web]\ncertificate = "{CERTIFICATE}"\nkey = "{KEY}"\n'
+    path.write_text(path.read_text().replace("[web]\n", lines))
+
+
 def token_for(found: Settings, user: str, nodes: str, *rights: Right) -> str:
     return Tokens(found.tokens).add(user, nodes, rights, time.time_ns() // 1_000_000)
 
@@ -85,6 +123,7 @@ class Site:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    certificate: Path
 
     def ask(
         self,
@@ -103,7 +142,13 @@ class Site:
         if content is not None:
             body = json.dumps(content).encode()
             sent.setdefault("Content-Type", "application/json")
-        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=20)
+        place = urlsplit(self.url)
+        connection: http.client.HTTPConnection
+        if place.scheme == "https":
+            trust = ssl.create_default_context(cafile=self.certificate)
+            connection = http.client.HTTPSConnection(place.netloc, timeout=20, context=trust)
+        else:
+            connection = http.client.HTTPConnection(place.netloc, timeout=20)
         with contextlib.closing(connection):
             connection.request(method or ("GET" if body is None else "POST"), path, body, sent)
             answer = connection.getresponse()
@@ -112,10 +157,18 @@ class Site:
 
 
 @contextlib.contextmanager
-def serving(directory: Path, step_s: float) -> Iterator[Site]:
-    """Run the server of a site; it must end in peace when it is asked to."""
+def serving(directory: Path, step_s: float | None) -> Iterator[Site]:
+    """Run the server of a site, with mock nodes unless *step_s* is None.
+
+    It must end in peace when it is asked to.
+    """
     reader, writer = os.pipe()
-    words = [sys.executable, "-m", "tests.support.deploy_web", str(directory), str(step_s)]
+    if step_s is None:
+        program = "from kadeploy.cli import main; main()"
+        config = str(directory / "kadeploy.toml")
+        words = [sys.executable, "-c", program, "-c", config, "serve", "--ready-fd"]
+    else:
+        words = [sys.executable, "-m", "tests.support.deploy_web", str(directory), str(step_s)]
     log_path = directory / "log"
     with open(log_path, "ab") as log_file, open(reader, "rb") as ready:
         process = subprocess.Popen(
@@ -125,7 +178,7 @@ def serving(directory: Path, step_s: float) -> Iterator[Site]:
         try:
             url = ready.readline().decode().strip()
             assert url, log_path.read_text()
-            yield Site(url, process, log_path)
+            yield Site(url, process, log_path, directory / CERTIFICATE)
             if process.poll() is None:
                 process.terminate()
                 assert process.wait(STOP_S) == 0
