@@ -8,7 +8,6 @@ are deployed, 1 when some are not.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 import click
 import trio
 
-from common import log, nodeset
+from common import cli, log, nodeset
 from common.errors import Code, KaError
 from kadeploy import (
     cli_web,
@@ -82,27 +81,7 @@ kadeploy.add_command(cli_web.token)
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
-    code = 0
-    try:
-        # Without standalone mode click returns the code of an Exit instead of raising it.
-        code = kadeploy(standalone_mode=False, prog_name="kadeploy") or 0
-    except KaError as error:
-        click.echo(f"kadeploy: {error}", err=True)
-        sys.exit(error.code.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        click.echo(f"kadeploy: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("kadeploy: interrupted", err=True)
-        sys.exit(130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"kadeploy: {error.format_message()}", err=True)
-        sys.exit(2)
-    sys.exit(code)
+    cli.run(kadeploy, "kadeploy")
 
 
 def _now_ms() -> int:
