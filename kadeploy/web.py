@@ -165,7 +165,13 @@ class _Web:
     # ------------------------------------------------------------ who asks
 
     def _look_up(self, token: str) -> Grant:
-        return self._tokens.grant(token, time.time_ns() // 1_000_000)
+        try:
+            return self._tokens.grant(token, time.time_ns() // 1_000_000)
+        except KaError as error:
+            if error.code is Code.AUTH:
+                raise
+            _logger.error("tokens.failed", reason=error)  # for us, not for who asks
+            raise KaError(Code.EIO, "the tokens cannot be read: see the server's log") from None
 
     def _token(self, request: Request) -> str:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -207,7 +213,8 @@ class _Web:
 
     async def resume(self, request: Request) -> Response:
         grant = self._grant(request)
-        return JSONResponse(self._service.resume(grant, _number(request)), HTTPStatus.ACCEPTED)
+        answer = await self._service.resume(grant, _number(request))
+        return JSONResponse(answer, HTTPStatus.ACCEPTED)
 
     async def cancel(self, request: Request) -> Response:
         grant = self._grant(request)
