@@ -123,7 +123,9 @@ async def carry_out(
 
 
 def cancel(store: Store, number: int, names: Sequence[str], reason: str, now_ms: int) -> None:
-    """Give nodes up, whether a head is at work or not."""
+    """Give nodes up, whether a head is at work or not; raises USAGE when it has ended."""
+    if store.deployment(number).ended_ms is not None:
+        raise KaError(Code.USAGE, f"deployment {number} has ended")
     states = store.nodes(number)
     strange = set(names) - {node.name for node in states}
     if strange:

@@ -398,6 +398,31 @@ def test_a_client_that_takes_no_answers_is_dropped(room: Room) -> None:
     room.until_ended(number)
 
 
+def test_a_deployment_of_another_process_is_followed_and_cancelled(tmp_path: Path) -> None:
+    found = write_site(tmp_path, 4, 0.01)
+    token = token_for(found, "root", "*", Right.DEPLOY)
+    with Store.open(found.store) as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc001", "pc002"], 0)
+    words = [sys.executable, "-m", "tests.support.deploy_mock", str(found.store), "2", "0.3"]
+    with serving(tmp_path, 0.01) as site, subprocess.Popen(words, cwd=ROOT) as head:
+        events = Events(site, number, token)
+        event = events.next()
+        while event is not None and not event[1]["running"]:
+            event = events.next()
+        refused = site.ask(f"{DEPLOYMENTS}/{number}/resume", {}, token=token)
+        assert (refused.status, refused.json["code"]) == (409, "BUSY")
+        cancel = f"{DEPLOYMENTS}/{number}/cancel"
+        assert site.ask(cancel, {"nodes": "pc002"}, token=token).status == 202
+        while event is not None and event[1]["ended_ms"] is None:
+            event = events.next()
+        assert event is not None
+        assert (event[1]["counts"]["deployed"], event[1]["counts"]["failed"]) == (1, 1)
+        events.close()
+        assert head.wait(WAIT_S) == 0
+    with Store.open(found.store) as store:
+        assert [node.reason for node in store.nodes(number)] == ["", "cancelled by root"]
+
+
 def test_what_was_overtaken_is_not_gone_on_with_after_a_restart(tmp_path: Path) -> None:
     found = write_site(tmp_path, 2, 0.01)
     token = token_for(found, "root", "*", Right.DEPLOY)
