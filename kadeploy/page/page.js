@@ -1,8 +1,8 @@
 // The page of kadeploy: one deployment, live.
 //
 // All it knows comes from the REST API; it asks with the cookie that the login set.  Events bring
-// `deployment` (everything) and `change` (the head of it, and nodes that changed).  Text from outside
-// is only ever set as textContent.
+// `deployment` (everything) and `change` (the head of it, and nodes that changed).  Text from
+// outside is only ever set as textContent.
 "use strict";
 
 const $ = (id) => document.getElementById(id);

@@ -27,10 +27,13 @@ BROWSER, DRIVER = "chromium", "chromedriver"
 # pc013 never comes up; the disk of pc042 is refused; every twentieth does not answer to ssh.
 FAILED = ("pc007", "pc013", "pc027", "pc042", "pc047")
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(BROWSER) is None or shutil.which(DRIVER) is None,
-    reason="not installed: chromium, chromium-driver",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which(BROWSER) is None or shutil.which(DRIVER) is None,
+        reason="not installed: chromium, chromium-driver",
+    ),
+]
 
 
 @contextlib.contextmanager
