@@ -188,7 +188,7 @@ class Store:
 
     def withdraw(self, number: int) -> None:
         """Forget a deployment of which nothing was done."""
-        with self._writing():
+        with self._db.transaction():
             self._db.execute("DELETE FROM cancels WHERE deployment = ?", (number,))
             self._db.execute("DELETE FROM nodes WHERE deployment = ?", (number,))
             self._db.execute("DELETE FROM deployments WHERE id = ?", (number,))
