@@ -20,8 +20,8 @@ from karun import api, nodes
 from karun.api import Copied, CopyOptions, Step
 from karun.copied import exit_code, report
 from karun.lines import STDERR, STDOUT
-from karun.options import TERMINAL
 from karun.running import EXIT_INTERRUPTED, Where
+from karun.terminal import TERMINAL
 
 __all__ = ["Form", "copy", "gather"]
 

@@ -21,9 +21,10 @@ from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
 from karun.mpi import Program, unit_names
-from karun.options import TERMINAL, Options, printing
+from karun.options import Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
+from karun.terminal import TERMINAL
 
 __all__ = ["Where", "main"]
 
@@ -82,7 +83,7 @@ def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
-    with printing(options, nodes.Names(units)) as printer:
+    with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
             return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
