@@ -110,9 +110,7 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
             "session", "start", "-w", ",".join(nodes),
             "--ssh-config", str(sshd.config), "-f", str(window),
         ]  # fmt: skip
-        subprocess.run(
-            [*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL
-        )
+        subprocess.run([*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL)
         run = [*karun, "run", "--session", "default", "-n", "-b", "-S"]
         times: dict[str, list[float]] = {}
         try:
