@@ -80,7 +80,8 @@ def in_session(words: Sequence[str]) -> tuple[str, Options]:
     try:
         context = run.make_context("karun run", list(words))
     except click.ClickException as error:
-        raise KaError(Code.USAGE, error.format_message()) from None
+        line = f"{error.format_message()} See `karun run --help`."
+        raise KaError(Code.USAGE, line) from None
     for name in _FOR_A_LAUNCH:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             line = "with --session: -w, options of output and of the command only"

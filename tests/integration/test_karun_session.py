@@ -159,7 +159,8 @@ def test_what_a_session_cannot_do_is_one_line(karun: Shell) -> None:
     line = b"karun: with --session: -w, options of output and of the command only\n"
     assert (found.returncode, found.stderr) == (2, line)
     found = karun("run", "--session", "default", "--nonsense", "true")
-    assert (found.returncode, found.stderr) == (2, b"karun: No such option '--nonsense'.\n")
+    line = b"karun: No such option '--nonsense'. See `karun run --help`.\n"
+    assert (found.returncode, found.stderr) == (2, line)
     assert b"Usage: karun run" in karun("run", "--session", "default", "--help").stdout
 
 
