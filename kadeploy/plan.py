@@ -191,6 +191,11 @@ def _image_job(image: Image, layouts: Sequence[DiskLayout]) -> ImageJob:
     )
 
 
+def _mount(layout: DiskLayout, placed: Placed, path: str) -> MountPoint:
+    kind = placed.spec.format if placed.spec is not None else None
+    return MountPoint(_part(layout, placed), path, kind.value if kind is not None else "")
+
+
 def _mounts(
     environment: Environment, system: System, layouts: Sequence[DiskLayout]
 ) -> tuple[MountPoint, ...]:
@@ -206,9 +211,19 @@ def _mounts(
             other = one.spec.mount is None or system.os is not OsKind.LINUX
             if path is None or (path != "/" and other):
                 continue
-            kind = one.spec.format.value if one.spec.format is not None else ""
-            found.append(MountPoint(_part(layout, one), path, kind))
+            found.append(_mount(layout, one, path))
     return tuple(sorted(found, key=lambda mount: mount.path))
+
+
+def _esp(
+    environment: Environment, system: System, layouts: Sequence[DiskLayout]
+) -> tuple[DiskLayout, Placed | None]:
+    """Return the disk that a system is on, and the EFI system partition there."""
+    root = environment.root_of(system)
+    assert root is not None, "whole-disk systems bring what they boot with"
+    layout = next(one for one in layouts if one.named(root.name))
+    found = (one for one in layout.partitions if one.spec and one.spec.type is PartitionType.ESP)
+    return layout, next(found, None)
 
 
 def _finish(
@@ -232,7 +247,17 @@ def _finish(
     if system.os is OsKind.LINUX:
         files = (*files, NewFile.of(TOKEN_PATH, f"{token}\n".encode()))
     if files or system.post_install:
-        made.append(Customize(mounts, custom.remove, files, custom.scripts, custom.ssh_host_keys))
+        made.append(
+            Customize(
+                mounts, custom.remove, files, custom.scripts, custom.ssh_host_keys, custom.hives
+            )
+        )
+    if custom.esp_hives:
+        layout, esp = _esp(environment, system, layouts)
+        if esp is None:
+            raise KaError(Code.USAGE, f"system {system.name}: a boot store is on an esp partition")
+        mount = _mount(layout, esp, "/")
+        made.append(Customize((mount,), (), (), (), hives=custom.esp_hives))
     if boot := _boot(environment, system, layouts, facts, mounts):
         made.append(boot)
     return made
@@ -249,10 +274,7 @@ def _boot(
     firmware = facts.firmware if spec.firmware is Firmware.AUTO else spec.firmware
     if spec.loader is Loader.NONE and not spec.efi_path:
         return None
-    root = environment.root_of(system)
-    assert root is not None
-    layout = next(one for one in layouts if one.named(root.name))
-    esp = next((p for p in layout.partitions if p.spec and p.spec.type is PartitionType.ESP), None)
+    layout, esp = _esp(environment, system, layouts)
     if firmware is Firmware.UEFI and esp is None:
         raise KaError(Code.USAGE, f"system {system.name}: a UEFI machine needs an esp partition")
     grub = spec.loader is Loader.GRUB

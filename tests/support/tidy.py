@@ -51,7 +51,8 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
     "h11": "kaboot/http.py",
-    "jinja2": "kadeploy/postinstall.py",
+    "hivex": "kadeploy/node/hives.py",
+    "jinja2": "kadeploy/builtin.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": "karun/ssh.py",
@@ -105,6 +106,7 @@ PURE: frozenset[str] = frozenset(
         "kaboot/steps.py",
         "kaboot/words.py",
         "kadeploy/bootentries.py",
+        "kadeploy/builtin.py",
         "kadeploy/disks.py",
         "kadeploy/environment.py",
         "kadeploy/nodes.py",
@@ -115,6 +117,7 @@ PURE: frozenset[str] = frozenset(
         "kadeploy/postinstall.py",
         "kadeploy/power.py",
         "kadeploy/steps.py",
+        "kadeploy/windows.py",
         "kadeploy/workflow.py",
         "karun/agent/barrier.py",
         "karun/agent/frames.py",

@@ -260,13 +260,15 @@ def test_the_default_system_of_a_dual_boot_is_next() -> None:
 # ---------------------------------------------------------------- post-install
 
 
-def custom(*steps: PostStep, texts: dict[str, str] | None = None) -> dict[str, str]:
+def custom(
+    *steps: PostStep, texts: dict[str, str] | None = None, description: str = deploy.LINUX
+) -> dict[str, str]:
     nodes = deploy.nodes()
     made = postinstall.render(
         steps,
         nodes.get("pc1"),
         nodes,
-        plan().layouts,
+        plan(description).layouts,
         environment="debian12",
         read=(texts or {}).__getitem__,
     )
@@ -284,7 +286,7 @@ def test_fstab_names_file_systems_not_devices() -> None:
 
 @pytest.mark.parametrize("builtin", sorted(postinstall.BUILTINS))
 def test_every_builtin_renders(builtin: str) -> None:
-    custom(PostStep(builtin=builtin))
+    custom(PostStep(builtin=builtin), description=deploy.DUAL)
 
 
 def test_a_name_in_xml_is_escaped() -> None:
