@@ -10,7 +10,7 @@ Not here: reading files and asking nodes (deploying.py), what the times of steps
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import Code, KaError
 from kadeploy import postinstall
@@ -19,6 +19,7 @@ from kadeploy.environment import (
     Environment,
     Firmware,
     Image,
+    ImageKind,
     Loader,
     OsKind,
     PartitionType,
@@ -101,10 +102,11 @@ def make_plan(
     for layout in layouts:
         if script := render_sfdisk(layout):
             prepare.append(Partition(_whole(layout), script))
-    prepare += _formats(layouts)
+    prepare += _formats(layouts, _brought(environment))
     images = [_image_job(image, layouts) for image in environment.images()]
     finish: list[Order] = []
-    for system in environment.systems:
+    # The default's boot entry is made last: so it comes first in the firmware's order.
+    for system in sorted(environment.systems, key=lambda one: one is environment.default_system):
         finish += _finish(environment, system, node, nodes, layouts, facts, read, token)
     stored = sum(stored_sizes.get(image.file, 0) for image in environment.images())
     written = max(environment.image_size, stored)
@@ -130,7 +132,7 @@ def _layouts(environment: Environment, node: NodeSpec, facts: Facts) -> list[Dis
         whole = sum(image.size for image in environment.images() if image.disk == spec.name)
         disk = select_disk(node, spec, facts.disks, max(size_needed(spec), whole))
         identity = f"{environment.name}/{node.name}/{disk.serial}"
-        layouts.append(lay_out(spec, disk, identity))
+        layouts.append(_unnamed(lay_out(spec, disk, identity), _brought(environment)))
     for image in environment.images():
         _, placed = _placed(layouts, image)
         if placed is not None and image.size > placed.size:
@@ -140,6 +142,21 @@ def _layouts(environment: Environment, node: NodeSpec, facts: Facts) -> list[Dis
                 f" {image.partition} has {placed.size}",
             )
     return layouts
+
+
+def _brought(environment: Environment) -> set[str]:
+    """Return the partitions whose file system an image brings: nothing is to be made there."""
+    kinds = (ImageKind.RAW, ImageKind.PARTCLONE)
+    return {one.partition for one in environment.images() if one.partition and one.kind in kinds}
+
+
+def _unnamed(layout: DiskLayout, brought: set[str]) -> DiskLayout:
+    """Forget file systems' identifiers that only an image knows."""
+    placed = tuple(
+        replace(one, filesystem_uuid="") if one.spec and one.spec.name in brought else one
+        for one in layout.partitions
+    )
+    return replace(layout, partitions=placed)
 
 
 def _placed(layouts: Sequence[DiskLayout], image: Image) -> tuple[DiskLayout, Placed | None]:
@@ -160,11 +177,11 @@ def _part(layout: DiskLayout, placed: Placed) -> Place:
     return Place(disk.path, disk.serial, disk.size, placed.number, placed.start, placed.size)
 
 
-def _formats(layouts: Sequence[DiskLayout]) -> list[Order]:
+def _formats(layouts: Sequence[DiskLayout], brought: set[str]) -> list[Order]:
     made: list[Order] = []
     for layout in layouts:
         for one in layout.partitions:
-            if one.spec is None:
+            if one.spec is None or one.spec.name in brought:
                 continue
             kind = one.spec.filesystem
             if kind is not None:

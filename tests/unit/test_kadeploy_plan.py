@@ -253,8 +253,8 @@ def test_grub_by_bios_on_gpt_without_its_partition_is_refused() -> None:
 
 def test_the_default_system_of_a_dual_boot_is_next() -> None:
     boots = [one for one in plan(deploy.DUAL).finish if isinstance(one, orders.InstallBoot)]
-    assert [(one.title, one.boot_next) for one in boots] == [("debian", True), ("Windows", False)]
-    assert boots[1].efi_path == "\\EFI\\Microsoft\\Boot\\bootmgfw.efi"
+    assert [(one.title, one.boot_next) for one in boots] == [("Windows", False), ("debian", True)]
+    assert boots[0].efi_path == "\\EFI\\Microsoft\\Boot\\bootmgfw.efi"
 
 
 # ---------------------------------------------------------------- post-install

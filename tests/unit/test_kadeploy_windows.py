@@ -17,7 +17,7 @@ from kadeploy import postinstall
 from kadeploy.builtin import Customization
 from kadeploy.environment import PostStep
 from kadeploy.nodes import NodeSpec, Variable
-from kadeploy.orders import Customize, HiveEdit, from_json, to_json
+from kadeploy.orders import Customize, Format, HiveEdit, from_json, to_json
 from kadeploy.plan import NodePlan, make_plan
 from tests.support import deploy
 
@@ -202,3 +202,16 @@ def test_a_guid_belongs_to_one_partition() -> None:
     windows = "AAAAAAAA-0000-4000-8000-BBBBBBBBBBBB"
     with pytest.raises(KaError, match="occurs twice"):
         deploy.environment(MOVED.replace(IMAGE_ESP, windows.lower()))
+
+
+def test_what_an_image_brings_is_not_formatted_and_named_by_its_partition() -> None:
+    """The identifier of a file system that partclone writes is the image's, not ours."""
+    esp = f'{{file: esp.img, kind: partclone, checksum: "{deploy.SUM}", partition: esp}}'
+    text = deploy.DUAL.replace("    os: windows\n", "    os: windows\n    root: windows\n")
+    made = plan(text.replace("      - {file: win.wim", f"      - {esp}\n      - {{file: win.wim"))
+    (layout,) = made.layouts
+    formatted = [one.place.number for one in made.prepare if isinstance(one, Format)]
+    assert formatted == [3, 4]
+    placed = layout.named("esp")
+    assert placed is not None
+    assert f"PARTUUID={placed.part_uuid} /boot/efi vfat" in postinstall.fstab(made.layouts)
