@@ -224,11 +224,10 @@ def _mounts(
         for one in layout.partitions:
             if one.spec is None:
                 continue
-            path = "/" if one.spec.name == root.name else one.spec.mount
-            other = one.spec.mount is None or system.os is not OsKind.LINUX
-            if path is None or (path != "/" and other):
-                continue
-            found.append(_mount(layout, one, path))
+            if one.spec.name == root.name:
+                found.append(_mount(layout, one, "/"))
+            elif system.os is OsKind.LINUX and one.spec.mount and one.spec.mount != "/":
+                found.append(_mount(layout, one, one.spec.mount))
     return tuple(sorted(found, key=lambda mount: mount.path))
 
 

@@ -215,3 +215,11 @@ def test_what_an_image_brings_is_not_formatted_and_named_by_its_partition() -> N
     placed = layout.named("esp")
     assert placed is not None
     assert f"PARTUUID={placed.part_uuid} /boot/efi vfat" in postinstall.fstab(made.layouts)
+
+
+def test_windows_is_customised_on_its_own_partition_alone() -> None:
+    """What the other system calls / is not below this one."""
+    for made in (one for one in plan(deploy.DUAL).finish if isinstance(one, Customize)):
+        of_windows = any("Panther" in new.path for new in made.files)
+        places = [(mount.path, mount.place.number) for mount in made.mounts]
+        assert places == ([("/", 3)] if of_windows else [("/", 4), ("/boot/efi", 1)])
