@@ -6,7 +6,7 @@ importer of sqlite3.
 
 Invariants
   * an environment's name and version mean one text for ever: another text is refused;
-  * one head at a time carries out a deployment (`claim`, an flock that ends with the process).
+  * one head at a time carries out a deployment (`claim`, a lock that ends with the process).
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ import hashlib
 import json
 import os
 import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from common.errors import Code, KaError
 from kadeploy.workflow import NodeState, Status, StepRecord
 
-__all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "Store"]
+__all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "LastRow", "Store"]
 
-SCHEMA_VERSION = 1
 BUSY_TIMEOUT_S = 10.0
-_SCHEMA = """
+# Each makes of a store of one version one of the next; the first of an empty file.
+_UPGRADES = (
+    """
 CREATE TABLE environments (
     name TEXT NOT NULL, version INTEGER NOT NULL, path TEXT NOT NULL, text TEXT NOT NULL,
     digest TEXT NOT NULL, added_ms INTEGER NOT NULL, PRIMARY KEY (name, version)
@@ -49,7 +51,17 @@ CREATE TABLE steps (
     ok INTEGER NOT NULL, reason TEXT NOT NULL
 ) STRICT;
 CREATE INDEX steps_by_node ON steps (deployment, node);
-"""
+""",
+    """
+CREATE TABLE cancels (
+    deployment INTEGER NOT NULL REFERENCES deployments (id), node TEXT NOT NULL,
+    reason TEXT NOT NULL, PRIMARY KEY (deployment, node)
+) STRICT;
+""",
+)
+SCHEMA_VERSION = len(_UPGRADES)
+_FLOCK = "hhqqi"
+"""C's struct flock: type, whence, start, length, process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +100,16 @@ class HistoryRow:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LastRow:
+    """What a node was in last."""
+
+    deployment: int
+    environment: str
+    version: int
+    status: Status
+
+
 class Store:
     """Open with `Store.open`; a context manager.  Blocking; one thread at a time."""
 
@@ -118,14 +140,14 @@ class Store:
     def _make(self) -> None:
         with self._writing():
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
+            if version > SCHEMA_VERSION:
                 raise KaError(
-                    Code.USAGE, f"{self._path}: made by another version of kadeploy ({version})"
+                    Code.USAGE, f"{self._path}: made by a later version of kadeploy ({version})"
                 )
+            for upgrade in _UPGRADES[version:]:
+                for statement in upgrade.split(";\n"):
+                    self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -235,8 +257,10 @@ class Store:
             )
 
     def _put_nodes(self, deployment: int, nodes: Iterable[NodeState], now_ms: int) -> None:
+        # An update in place: the nodes keep their order.
         self._db.executemany(
-            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?)",
+            "INSERT INTO nodes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET state = excluded.state, changed_ms = excluded.changed_ms",
             (
                 (deployment, node.name, json.dumps(asdict(node), default=_plain), now_ms)
                 for node in nodes
@@ -249,9 +273,15 @@ class Store:
                 "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
             )
 
-    def deployments(self, count: int = 1000) -> list[DeploymentRow]:
-        """Return the last ones, oldest first."""
-        rows = self._db.execute("SELECT * FROM deployments ORDER BY id DESC LIMIT ?", (count,))
+    def deployments(
+        self, count: int = 1000, *, number: int | None = None, open_only: bool = False
+    ) -> list[DeploymentRow]:
+        """Return the last ones, oldest first; only that *number*, only those not ended."""
+        rows = self._db.execute(
+            "SELECT * FROM deployments WHERE (?1 IS NULL OR id = ?1)"
+            " AND (NOT ?2 OR ended_ms IS NULL) ORDER BY id DESC LIMIT ?3",
+            (number, open_only, count),
+        )
         made = [
             DeploymentRow(number, name, version, json.loads(request), started_ms, ended_ms)
             for number, name, version, request, started_ms, ended_ms in rows
@@ -260,10 +290,10 @@ class Store:
 
     def deployment(self, number: int | None = None) -> DeploymentRow:
         """Return one, the last if no number is given; raises USAGE."""
-        found = [row for row in self.deployments() if number in (None, row.id)]
+        found = self.deployments(1, number=number)
         if not found:
             raise KaError(Code.USAGE, "no such deployment: see `kadeploy history`")
-        return found[-1]
+        return found[0]
 
     def nodes(self, deployment: int) -> list[NodeState]:
         rows = self._db.execute(
@@ -282,6 +312,37 @@ class Store:
         made = (HistoryRow(*row) for row in rows)
         return [replace(row, ok=bool(row.ok)) for row in made]
 
+    def last(self) -> dict[str, LastRow]:
+        """Return for each node the deployment it was in last."""
+        rows = self._db.execute(
+            "SELECT name, max(id), environment, version, json_extract(state, '$.status')"
+            " FROM nodes JOIN deployments ON id = deployment GROUP BY name"
+        )
+        return {
+            name: LastRow(number, environment, version, Status(status))
+            for name, number, environment, version, status in rows
+        }
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has written."""
+        (version,) = self._db.execute("PRAGMA data_version").fetchone()
+        return int(version)
+
+    # ------------------------------------------------------------ wishes of operators
+
+    def ask_cancel(self, deployment: int, nodes: Iterable[str], reason: str) -> None:
+        """Record that nodes are to be given up; the deployment's head looks once a second."""
+        with self._writing():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO cancels VALUES (?, ?, ?)",
+                ((deployment, node, reason) for node in nodes),
+            )
+
+    def cancels(self, deployment: int) -> dict[str, str]:
+        """Return the nodes to be given up, and why."""
+        query = "SELECT node, reason FROM cancels WHERE deployment = ?"
+        return dict(self._db.execute(query, (deployment,)).fetchall())
+
     def has(self, node: str) -> tuple[str, int] | None:
         """Return environment and version that a node was last deployed with; None if it failed."""
         row = self._db.execute(
@@ -296,17 +357,42 @@ class Store:
     @contextlib.contextmanager
     def claim(self, deployment: int) -> Iterator[None]:
         """Be the only head of a deployment meanwhile; raises BUSY when another is."""
-        path = self._path.with_name(f"{self._path.name}.{deployment}.lock")
-        with open(path, "w") as file:
+        with self._lock_file() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file, fcntl.F_OFD_SETLK, deployment)
             except BlockingIOError:
                 message = f"deployment {deployment} is being carried out by another process"
                 raise KaError(Code.BUSY, message) from None
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+            yield
+
+    def require_free(self, names: Iterable[str], but: int = 0) -> None:
+        """Raise BUSY if a head, of another deployment than *but*, has one of these nodes."""
+        wanted = set(names)
+        for row in self.deployments(open_only=True):
+            if row.id == but or not self.claimed(row.id):
+                continue
+            for node in self.nodes(row.id):
+                if node.name in wanted and not node.ended:
+                    raise KaError(Code.BUSY, f"{node.name} is being deployed by {row.id}")
+
+    def claimed(self, deployment: int) -> bool:
+        """Whether a head carries it out."""
+        with self._lock_file() as file:
+            return _lock(file, fcntl.F_OFD_GETLK, deployment) != fcntl.F_UNLCK
+
+    def _lock_file(self) -> BinaryIO:
+        path = self._path.with_name(f"{self._path.name}.lock")
+        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb+")
+
+
+def _lock(file: BinaryIO, command: int, deployment: int) -> int:
+    """Do something with the lock of a deployment, a byte of the file; return who has it.
+
+    The lock belongs to the open file, so it holds against the same process too.
+    """
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, deployment, 1, 0)
+    kind: int = struct.unpack(_FLOCK, fcntl.fcntl(file, command, asked))[0]
+    return kind
 
 
 def _plain(value: object) -> str:

@@ -206,8 +206,9 @@ def initrd_for(
         input=names.encode(), cwd=root, capture_output=True, check=True,
     ).stdout  # fmt: skip
     made = directory / "initrd"
+    (base,) = environment.glob("initrd.*")
     with open(made, "wb") as file:
-        file.write((environment / "initrd.gz").read_bytes())
+        file.write(base.read_bytes())
         file.write(gzip.compress(packed, compresslevel=1))
     return made
 

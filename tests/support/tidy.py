@@ -52,6 +52,7 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 ONLY_IMPORTER: dict[str, str | None] = {
     "h11": "kaboot/http.py",
     "hivex": "kadeploy/node/hives.py",
+    "hypercorn": "kadeploy/serve.py",
     "jinja2": "kadeploy/builtin.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
@@ -60,6 +61,7 @@ ONLY_IMPORTER: dict[str, str | None] = {
     "pyfuse3": "nfsp/client/fuse.py",
     "pyghmi": "kadeploy/power_drivers.py",
     "rich": "karun/top_table.py",
+    "starlette": "kadeploy/web.py",
     "xxhash": "common/checksum.py",
     "yaml": "kadeploy/descriptions.py",
 }
@@ -116,6 +118,7 @@ PURE: frozenset[str] = frozenset(
         "kadeploy/planview.py",
         "kadeploy/postinstall.py",
         "kadeploy/power.py",
+        "kadeploy/rights.py",
         "kadeploy/steps.py",
         "kadeploy/windows.py",
         "kadeploy/workflow.py",
