@@ -139,7 +139,8 @@ if exist %keys% sc config sshd start= auto
 if exist %keys% sc start sshd
 powershell -NoProfile -Command "$p = ConvertTo-SecureString ([guid]::NewGuid().ToString() + \
 [guid]::NewGuid().ToString()) -AsPlainText -Force; Get-LocalUser | Where-Object SID -like \
-'S-1-5-21-*-500' | ForEach-Object { Set-LocalUser $_ -Password $p; Disable-LocalUser $_ }"
+'S-1-5-21-*-500' | ForEach-Object { \
+Set-LocalUser -InputObject $_ -Password $p; Disable-LocalUser -InputObject $_ }"
 {% if vars.windows_user is defined %}net user {{ vars.windows_user }} /logonpasswordchg:yes
 {% endif %}powercfg /hibernate off
 (echo select volume %SystemDrive%& echo extend filesystem) | diskpart

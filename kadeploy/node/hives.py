@@ -28,7 +28,7 @@ from typing import IO, Any
 from common.errors import Code, KaError
 from kadeploy.orders import HiveEdit, IdChange
 
-__all__ = ["edit_all"]
+__all__ = ["GuidChange", "edit_all"]
 
 REG_SZ = 1
 REG_BINARY = 3
@@ -113,7 +113,7 @@ class _Editor:
             self._hive.node_set_value(node, {"key": value.name, "t": REG_SZ, "value": data})
         if not edit.ids and not edit.drop_others:
             return
-        change = _Change(edit.ids)
+        change = GuidChange(edit.ids)
         for one in self._below(node, 0):
             self._change_ids(one, change, edit.drop_others)
         if edit.ids_needed and not change.found:
@@ -143,7 +143,7 @@ class _Editor:
         for child in self._hive.node_children(node):
             yield from self._below(child, depth + 1)
 
-    def _change_ids(self, node: int, change: _Change, drop_others: bool) -> None:
+    def _change_ids(self, node: int, change: GuidChange, drop_others: bool) -> None:
         old = []
         for value in self._hive.node_values(node):
             kind, data = self._hive.value_value(value)
@@ -159,7 +159,7 @@ class _Editor:
             self._hive.node_set_values(node, new)
 
 
-class _Change:
+class GuidChange:
     """All GUIDs at once, so that none is changed twice."""
 
     def __init__(self, ids: Sequence[IdChange]) -> None:

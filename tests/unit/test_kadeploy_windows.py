@@ -6,18 +6,21 @@ import json
 import shutil
 import subprocess
 from dataclasses import replace
+from itertools import zip_longest
+from uuid import UUID
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.errors import Code, KaError
 from kadeploy import postinstall
 from kadeploy.builtin import Customization
 from kadeploy.environment import PostStep
+from kadeploy.node.hives import GuidChange
 from kadeploy.nodes import NodeSpec, Variable
-from kadeploy.orders import Customize, Format, HiveEdit, from_json, to_json
+from kadeploy.orders import Customize, Format, HiveEdit, IdChange, from_json, to_json
 from kadeploy.plan import NodePlan, make_plan
 from tests.support import deploy
 
@@ -187,6 +190,29 @@ def test_boot_store_edit_maps_what_images_say_to_what_the_table_has() -> None:
 def test_hive_edits_survive_the_wire() -> None:
     for order in plan(MOVED).finish:
         assert from_json(json.loads(json.dumps(to_json(order)))) == order
+
+
+GUIDS = st.uuids().map(str)
+
+
+@given(
+    pairs=st.lists(st.tuples(GUIDS, GUIDS), max_size=4, unique_by=(lambda one: one[0])),
+    rest=st.lists(st.binary(max_size=8), min_size=5, max_size=5),
+)
+def test_guids_change_wherever_they_stand_and_nothing_else_does(
+    pairs: list[tuple[str, str]], rest: list[bytes]
+) -> None:
+    def value(guids: list[str]) -> bytes:
+        words = [UUID(guid).bytes_le for guid in guids]
+        return b"".join(a + b for a, b in zip_longest(rest, words, fillvalue=b""))
+
+    assume(len({guid for pair in pairs for guid in pair}) == 2 * len(pairs))
+    change = GuidChange([IdChange(*pair) for pair in pairs])
+    old, new = value([one for one, _ in pairs]), value([one for _, one in pairs])
+    assert change.applied(old) == (new, bool(pairs))
+    assert change.applied(new) == (new, bool(pairs))
+    assert change.applied(b"".join(rest)) == (b"".join(rest), False)
+    assert change.found is bool(pairs)
 
 
 def test_boot_store_needs_to_know_what_the_images_say() -> None:
