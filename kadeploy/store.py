@@ -1,8 +1,7 @@
 """What kadeploy remembers: environments, deployments, where every node is, what every step took.
 
-One SQLite file, mode 0600 (descriptions may hold what not everybody should read), written with
-`synchronous=FULL`: what `save` has returned from survives kill -9 and a power cut.  The only
-importer of sqlite3.
+One SQLite file (common/database.py), private because descriptions may hold what not everybody
+should read.  What `save` has returned from survives kill -9 and a power cut.
 
 Invariants
   * an environment's name and version mean one text for ever: another text is refused;
@@ -16,20 +15,18 @@ import fcntl
 import hashlib
 import json
 import os
-import sqlite3
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from common.database import Database
 from common.errors import Code, KaError
 from kadeploy.workflow import NodeState, Status, StepRecord
 
 __all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "LastRow", "Store"]
 
-BUSY_TIMEOUT_S = 10.0
-# Each makes of a store of one version one of the next; the first of an empty file.
 _UPGRADES = (
     """
 CREATE TABLE environments (
@@ -59,7 +56,6 @@ CREATE TABLE cancels (
 ) STRICT;
 """,
 )
-SCHEMA_VERSION = len(_UPGRADES)
 _FLOCK = "hhqqi"
 """C's struct flock: type, whence, start, length, process."""
 
@@ -113,51 +109,15 @@ class LastRow:
 class Store:
     """Open with `Store.open`; a context manager.  Blocking; one thread at a time."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path = path
-        self._db = connection
+    def __init__(self, database: Database) -> None:
+        self._db = database
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open or make the store; raises USAGE with what to do."""
-        try:
+        with contextlib.suppress(OSError):  # opening the file says what is wrong
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            if path.stat().st_mode & 0o077:
-                raise KaError(Code.USAGE, f"{path}: others may read it: chmod 600 {path}")
-            db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("PRAGMA foreign_keys=ON")
-            store = cls(path, db)
-            store._make()
-        except OSError as error:
-            raise KaError(Code.USAGE, f"{path}: {error.strerror}") from None
-        except sqlite3.DatabaseError as error:
-            raise KaError(Code.USAGE, f"{path}: not a store of kadeploy: {error}") from None
-        return store
-
-    def _make(self) -> None:
-        with self._writing():
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version > SCHEMA_VERSION:
-                raise KaError(
-                    Code.USAGE, f"{self._path}: made by a later version of kadeploy ({version})"
-                )
-            for upgrade in _UPGRADES[version:]:
-                for statement in upgrade.split(";\n"):
-                    self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        return cls(Database.open(path, "kadeploy", _UPGRADES))
 
     def close(self) -> None:
         self._db.close()
@@ -175,7 +135,7 @@ class Store:
     ) -> EnvironmentRow:
         """Record a description; raises USAGE when the version is there with another text."""
         digest = hashlib.sha256(text.encode()).hexdigest()
-        with self._writing():
+        with self._db.transaction():
             for row in self.environments(name):
                 if row.version == version and row.digest != digest:
                     raise KaError(
@@ -216,7 +176,7 @@ class Store:
         now_ms: int,
     ) -> int:
         """Record a deployment with all its nodes at the start; return its number."""
-        with self._writing():
+        with self._db.transaction():
             number = self._db.execute(
                 "INSERT INTO deployments (environment, version, request, started_ms)"
                 " VALUES (?, ?, ?, ?)",
@@ -235,7 +195,7 @@ class Store:
         clock_offset_ms: int = 0,
     ) -> None:
         """Store what changed.  *clock_offset_ms*: from the records' clock to the calendar's."""
-        with self._writing():
+        with self._db.transaction():
             self._put_nodes(deployment, nodes, now_ms)
             self._db.executemany(
                 "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -268,7 +228,7 @@ class Store:
         )
 
     def end(self, deployment: int, now_ms: int) -> None:
-        with self._writing():
+        with self._db.transaction():
             self._db.execute(
                 "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
             )
@@ -325,14 +285,13 @@ class Store:
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has written."""
-        (version,) = self._db.execute("PRAGMA data_version").fetchone()
-        return int(version)
+        return self._db.data_version()
 
     # ------------------------------------------------------------ wishes of operators
 
     def ask_cancel(self, deployment: int, nodes: Iterable[str], reason: str) -> None:
         """Record that nodes are to be given up; the deployment's head looks once a second."""
-        with self._writing():
+        with self._db.transaction():
             self._db.executemany(
                 "INSERT OR IGNORE INTO cancels VALUES (?, ?, ?)",
                 ((deployment, node, reason) for node in nodes),
@@ -381,7 +340,7 @@ class Store:
             return _lock(file, fcntl.F_OFD_GETLK, deployment) != fcntl.F_UNLCK
 
     def _lock_file(self) -> BinaryIO:
-        path = self._path.with_name(f"{self._path.name}.lock")
+        path = self._db.path.with_name(f"{self._db.path.name}.lock")
         return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb+")
 
 

@@ -61,6 +61,7 @@ ONLY_IMPORTER: dict[str, str | None] = {
     "pyfuse3": "nfsp/client/fuse.py",
     "pyghmi": "kadeploy/power_drivers.py",
     "rich": "karun/top_table.py",
+    "sqlite3": "common/database.py",
     "starlette": "kadeploy/web.py",
     "xxhash": "common/checksum.py",
     "yaml": "kadeploy/descriptions.py",
