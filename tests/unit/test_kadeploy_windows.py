@@ -15,7 +15,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from common.errors import Code, KaError
-from kadeploy import postinstall
+from kadeploy import planview, postinstall
 from kadeploy.builtin import Customization
 from kadeploy.environment import PostStep
 from kadeploy.node.hives import GuidChange
@@ -185,6 +185,12 @@ def test_boot_store_edit_maps_what_images_say_to_what_the_table_has() -> None:
     (letters,) = on_windows.hives
     assert letters.drop_others
     assert changes(letters) == changes(store)
+
+
+def test_plan_shows_what_is_edited() -> None:
+    text = "\n".join(planview.describe(plan(MOVED)))
+    assert "registry /Windows/System32/config/SYSTEM: MountedDevices" in text
+    assert "registry /EFI/Microsoft/Boot/BCD: Objects" in text
 
 
 def test_hive_edits_survive_the_wire() -> None:
