@@ -40,8 +40,8 @@ pytestmark = [
 
 SERIAL = "KADUAL1"
 DISK_SIZE = 288 * MIB
-DEPLOY_S = 400.0
-BOOT_S = 120.0
+DEPLOY_S = 600.0
+BOOT_S = 240.0
 IN_WINDOWS = "ka-guest: in the place of Windows"
 IN_LINUX = "ka-guest: Linux from its own disk"
 OLD = {name: f"0000000{index}-BBBB-4000-8000-00000000000F" for index, name in
