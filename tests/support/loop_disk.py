@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kadeploy.orders import Order, to_json
+from kadeploy.orders import Order, Place, to_json
 
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -45,19 +45,32 @@ def loop_disk(path: Path, size: int) -> Iterator[str]:
         run("losetup", "--detach", device)
 
 
+@contextmanager
+def partition(place: Place, *, read_only: bool = True) -> Iterator[str]:
+    """Yield a device for a partition, made by means of our own."""
+    words = ["losetup", "--find", "--show", f"--offset={place.start}", f"--sizelimit={place.size}"]
+    device = run(*words, *(["--read-only"] if read_only else []), place.disk).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
 class Node:
     """Starts the node's program as the head does, but without ssh."""
 
-    def __init__(self, directory: Path) -> None:
-        self._environment = {
+    def __init__(self, directory: Path, python: str = sys.executable) -> None:
+        """*python*: the deployment environment's, where a Debian library is wanted."""
+        self._python = python
+        self.environment = {
             **os.environ,
             "PATH": PATH,
             "KADEPLOY_ROOT": str(directory / "root"),
         }
 
     def ask(self, verb: str, stdin: bytes = b"") -> dict[str, Any]:
-        words = [sys.executable, "-m", "kadeploy.node", verb]
-        done = subprocess.run(words, input=stdin, capture_output=True, env=self._environment)
+        words = [self._python, "-m", "kadeploy.node", verb]
+        done = subprocess.run(words, input=stdin, capture_output=True, env=self.environment)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
