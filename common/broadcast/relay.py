@@ -153,6 +153,7 @@ class Relay:
                 if self._sink is not None:
                     nursery.start_soon(self.depot.run, self._thread_wrote)
                 await self._finished.wait()
+                on_tick()  # how far it came at last: it may have ended before the first tick
             finally:
                 if self._sink is not None:
                     self._sink.abort()  # or a thread might never come back
