@@ -65,6 +65,10 @@ class NetLab:
             found.append(int(shown.stdout))
         return found
 
+    def cut(self, node: int) -> None:
+        """Take a node's link down: neither it nor anybody else is told."""
+        self._in_core("ip", "link", "set", f"p{node}", "down")
+
     @property
     def _core(self) -> str:
         return f"{self._prefix}c"

@@ -110,6 +110,11 @@ class FrameReceiver:
         self._header: tuple[Kind, int, int, int, int] | None = None
 
     @property
+    def payload_left(self) -> int:
+        """Return how much of the current payload has not come yet."""
+        return self._payload_left
+
+    @property
     def payload_complete(self) -> bool:
         return self._payload_left == 0
 

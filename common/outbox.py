@@ -5,7 +5,8 @@ Synchronous: `transport` decides when to pump.  Positions count the bytes ever q
 
 Invariants
   * parts leave in the order of `put`, whole;
-  * a file is released exactly once: when it is on its way, or when the outbox is dropped.
+  * a file is released exactly once: when it is on its way, or when the outbox is dropped;
+  * behind a payload that is still growing everything waits: whoever lets it grow pumps again.
 
 A frame's size is on the wire before its file is read.  A file that turns out shorter, or that
 the disk cannot read, is therefore filled up with zeros: the receiver's checksum tells, and the
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from common import log
 from common.checksum import Buffer
 
-__all__ = ["FilePayload", "Outbox", "Part"]
+__all__ = ["FilePayload", "Growing", "GrowingPayload", "Outbox", "Part"]
 
 _GATHER_MAX = 512
 """Below the kernel's IOV_MAX, 1,024."""
@@ -44,7 +45,35 @@ class FilePayload(NamedTuple):
     release: Callable[[], None]
 
 
-Part = Buffer | FilePayload
+class Growing:
+    """Bytes that are still being received, while several outboxes send what there is of them."""
+
+    __slots__ = ("data", "ready_size")
+
+    def __init__(self, data: memoryview) -> None:
+        self.data = data
+        self.ready_size = 0
+
+    def grow(self, size: int) -> None:
+        self.ready_size = max(self.ready_size, size)
+
+    def give_up(self) -> None:
+        """Pass for complete: the receiver's checksum tells that it is not."""
+        self.ready_size = len(self.data)
+
+
+class GrowingPayload(NamedTuple):
+    """A payload, or what has not left of it yet."""
+
+    growing: Growing
+    offset: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.growing.data) - self.offset
+
+
+Part = Buffer | FilePayload | GrowingPayload
 
 
 class Outbox:
@@ -64,7 +93,7 @@ class Outbox:
     def put(self, parts: Sequence[Part]) -> None:
         """Queue *parts* (views of bytes) behind what waits."""
         for part in parts:
-            size = part.length if isinstance(part, FilePayload) else len(part)
+            size = _size_of(part)
             if size:
                 self._parts.append(part)
                 self.size += size
@@ -73,26 +102,37 @@ class Outbox:
                 part.release()
 
     def pump(self) -> None:
-        """Send until nothing waits; raises BlockingIOError when the socket is full."""
+        """Send until nothing waits, or what is next has not come yet.
+
+        Raises BlockingIOError when the socket is full.
+        """
         parts = self._parts
         while parts:
             first = parts[0]
             if isinstance(first, FilePayload):
                 self._send_file(first)
                 continue
+            if isinstance(first, GrowingPayload):
+                if not self._send_grown(first):
+                    return
+                continue
             if len(parts) == 1:
                 sent = self._sock.send(first)
             else:
                 gather: list[Buffer] = []
+                flags = 0
                 for part in parts:
-                    if isinstance(part, FilePayload) or len(gather) == _GATHER_MAX:
+                    if isinstance(part, (FilePayload, GrowingPayload)):
+                        flags = socket.MSG_MORE  # or a header were a packet of its own
+                        break
+                    if len(gather) == _GATHER_MAX:
                         break
                     gather.append(part)
-                sent = self._sock.sendmsg(gather)
+                sent = self._sock.sendmsg(gather, [], flags)
             self.size -= sent
             while sent:
                 part = parts[0]
-                assert not isinstance(part, FilePayload)
+                assert not isinstance(part, (FilePayload, GrowingPayload))
                 if sent < len(part):
                     parts[0] = memoryview(part)[sent:]
                     break
@@ -108,11 +148,10 @@ class Outbox:
         for index, part in enumerate(list(self._parts)):
             if position >= end:
                 return
-            if isinstance(part, FilePayload):
-                position += part.length
+            position += _size_of(part)
+            if isinstance(part, (bytes, FilePayload, GrowingPayload)):
                 continue
-            position += len(part)
-            if position > end - size and not isinstance(part, bytes):
+            if position > end - size:
                 self._parts[index] = bytes(part)
 
     def drop(self) -> None:
@@ -123,6 +162,19 @@ class Outbox:
         for part in parts:
             if isinstance(part, FilePayload):
                 part.release()
+
+    def _send_grown(self, first: GrowingPayload) -> bool:
+        """Send what there is of it; return whether there was anything."""
+        ready = first.growing.data[first.offset : first.growing.ready_size]
+        if not ready:
+            return False
+        sent = self._sock.send(ready)
+        self.size -= sent
+        if sent == first.length:
+            self._parts.popleft()
+        else:
+            self._parts[0] = first._replace(offset=first.offset + sent)
+        return True
 
     def _send_file(self, first: FilePayload) -> None:
         reason = "file too short"
@@ -146,3 +198,7 @@ class Outbox:
                 memoryview(_ZEROS)[: min(left - at, len(_ZEROS))]
                 for at in range(0, left, len(_ZEROS))
             )
+
+
+def _size_of(part: Part) -> int:
+    return part.length if isinstance(part, (FilePayload, GrowingPayload)) else len(part)

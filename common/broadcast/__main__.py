@@ -86,11 +86,36 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _report(summary: Summary, started_s: float, started_cpu_s: float) -> None:
+class _Observer:
+    """What is worth telling of the process's own progress."""
+
+    def __init__(self, *, prints: bool) -> None:
+        self.sent_size = 0
+        self.stall_s = 0.0
+        """The longest time between two new chunks."""
+        self._prints = prints
+        self._have_count = -1
+        self._news_s = 0.0
+
+    def tell(self, progress: Progress) -> None:
+        self.sent_size = progress.sent_size
+        if progress.have_count == self._have_count:
+            return
+        now = time.monotonic()
+        if self._have_count > 0:
+            self.stall_s = max(self.stall_s, now - self._news_s)
+        self._have_count, self._news_s = progress.have_count, now
+        if self._prints:
+            print(progress.have_count, flush=True)
+
+
+def _report(summary: Summary, observer: _Observer, started_s: float, started_cpu_s: float) -> None:
     facts: dict[str, Any] = {
         "verified": list(chunkset.indexes(summary.verified)),
         "others": {rank: entry.reason for rank, entry in summary.others.items()},
         "notes": summary.notes,
+        "sent_size": observer.sent_size,
+        "stall_s": observer.stall_s,
         "seconds": time.monotonic() - started_s,
         "cpu_s": _cpu_s() - started_cpu_s,
     }
@@ -105,12 +130,7 @@ def main() -> int:
     print(f"{host}:{port}", flush=True)
     job = _read_job()
     started_s, started_cpu_s = time.monotonic(), _cpu_s()
-    told = [-1]
-
-    def tell(progress: Progress) -> None:
-        if arguments.progress and progress.have_count != told[0]:
-            told[0] = progress.have_count
-            print(progress.have_count, flush=True)
+    observer = _Observer(prints=arguments.progress)
 
     async def take_part() -> Summary:
         if arguments.role == "node":
@@ -120,7 +140,7 @@ def main() -> int:
                 _sink(arguments),
                 sockets=sockets,
                 restarted=arguments.restarted,
-                on_progress=tell,
+                on_progress=observer.tell,
             )
         source = _source(arguments)
         source.scan()
@@ -131,7 +151,7 @@ def main() -> int:
             name=os.path.basename(arguments.path or "stream"),
             chunk_size=arguments.chunk_size,
             algorithm=Algorithm[arguments.algorithm],
-            on_progress=tell,
+            on_progress=observer.tell,
         )
 
     try:
@@ -139,7 +159,7 @@ def main() -> int:
     except KaError as error:
         print(f"{arguments.role}: {error}", file=sys.stderr)
         return error.code.exit_code
-    _report(summary, started_s, started_cpu_s)
+    _report(summary, observer, started_s, started_cpu_s)
     return summary.exit_code
 
 

@@ -3,12 +3,13 @@
 The data are pipelined chunk by chunk.  Two things make up the time:
 
   fill    until the last node has its first chunk: along the worst path, for each edge, the
-          turns of the children fed before it, and the latency;
+          turns of the children fed before it, a piece of the chunk, for it is passed on while
+          it comes, and the latency; then the chunk itself;
   drain   from there on the most loaded resource sets the pace: a node's sending, receiving or
           handling of chunks, or a rack's uplink.  The first chunk is in `fill` already.
 
 A sender needs `hop_overhead_s` for each chunk it sends, besides the time on the wire: this is
-what makes small chunks dear, and the fill of a long chain what makes large ones dear.  All links
+what makes small chunks dear, and repairs are what makes large ones dear: see `CHUNK_S`.  All links
 are full duplex.  Unlike links, failures and slow disks are not modelled.
 """
 
@@ -20,10 +21,24 @@ from dataclasses import dataclass
 from common.broadcast.topology import Kind, Topology, Tree
 from common.errors import Code, KaError
 
-__all__ = ["CHUNK_SIZES", "Cost", "Network", "ideal_s", "predict", "shared_medium_s"]
+__all__ = [
+    "CHUNK_S",
+    "CHUNK_SIZES",
+    "PIECE_SIZE",
+    "Cost",
+    "Network",
+    "ideal_s",
+    "predict",
+    "shared_medium_s",
+]
 
 CHUNK_SIZES = tuple(1 << bits for bits in range(16, 23))
 """64 KiB ... 4 MiB: smaller ones cost more than they gain, larger ones make repairs dear."""
+CHUNK_S = 0.05
+"""What a chunk may take on the narrowest link, if it is not of the smallest size: whoever is
+relied on, or judged, is so by windows of chunks, well within a second."""
+PIECE_SIZE = 256 * 1024
+"""What a node receives of a chunk before it passes that much on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,30 +124,35 @@ def _predict_multicast(topology: Topology, size: int, network: Network) -> Cost:
 
 def _fill_s(tree: Tree, topology: Topology, chunk_size: int, network: Network) -> float:
     """Return when the last node of a tree has its first chunk."""
-    slow_s = quick_s = network.hop_overhead_s + chunk_size / network.rate
+    piece_size = min(chunk_size, PIECE_SIZE)
+    slow_rate = network.rate
     if network.uplink_rate:
-        rate = min(network.rate, network.uplink_rate)
-        slow_s = network.hop_overhead_s + chunk_size / rate
+        slow_rate = min(network.rate, network.uplink_rate)
+    turn_s = network.hop_overhead_s + chunk_size / network.rate
+    edge_s = network.hop_overhead_s + network.latency_s
     return max(
-        quick * quick_s + slow * slow_s + edges * network.latency_s
-        for quick, slow, edges in _paths(tree, topology.rack_of)
+        turns * turn_s
+        + quick * (edge_s + piece_size / network.rate)
+        + slow * (edge_s + piece_size / slow_rate)
+        + (chunk_size - piece_size) / (slow_rate if slow else network.rate)
+        for turns, quick, slow in _paths(tree, topology.rack_of)
     )
 
 
 def _paths(tree: Tree, rack_of: tuple[int, ...]) -> set[tuple[int, int, int]]:
-    """Return (turns within racks, turns over an uplink, edges) of the paths to all leaves.
+    """Return (turns of others, edges within racks, over an uplink) of the paths to all leaves.
 
     A node is never the last one where it has children, so leaves will do; and most are alike.
     """
     found: set[tuple[int, int, int]] = set()
     waiting = [(0, 0, 0, 0)]
     while waiting:
-        rank, quick, slow, edges = waiting.pop()
+        rank, turns, quick, slow = waiting.pop()
         for turn, child in enumerate(tree.children[rank]):
             crosses = rack_of[child] != rack_of[rank]
-            waiting.append((child, quick + turn + (not crosses), slow + crosses, edges + 1))
+            waiting.append((child, turns + turn, quick + (not crosses), slow + crosses))
         if not tree.children[rank]:
-            found.add((quick, slow, edges))
+            found.add((turns, quick, slow))
     return found
 
 

@@ -7,6 +7,9 @@ worker thread for a while, all that waits in one call, and chunks are sent on fr
 disk delays nothing but its own node's acks.  A sink that may wait for others is never written to
 but by the thread (`Sink.is_prompt`).
 
+What is still coming is sent on as it comes.  When the rest does not come, or not soon, the frames
+that have begun are filled up with whatever is in the buffer: the receivers' checks tell.
+
 A buffer goes back to the pool when it is written and all connections are done with it.
 """
 
@@ -23,7 +26,7 @@ from common.broadcast.store import Sink, Store
 from common.broadcast.switchboard import Switchboard
 from common.buffers import BufferPool
 from common.errors import KaError
-from common.outbox import FilePayload
+from common.outbox import FilePayload, Growing, GrowingPayload
 
 __all__ = ["Depot", "reason_of"]
 
@@ -31,19 +34,27 @@ PROMPT_S = 0.01
 """A write that takes longer has blocked."""
 WARY_S = 1.0
 """For this long writing is then left to the thread."""
+PAUSE_MAX_S = 0.25
+"""A chunk of which nothing comes for longer holds up those it is passed on to no more.
+
+Meanwhile they hear nothing: together with a tick it must be well below `silence_s`."""
 
 _log = log.get("ka.depot")
 
 
 class _Held:
-    """A chunk in memory, and how many still need it."""
+    """A chunk in memory, or what has come of it, and how many still need it."""
 
-    __slots__ = ("count", "data", "written")
+    __slots__ = ("count", "data", "growing", "grown_s", "peers", "written")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.count = 1
         self.written = False
+        self.growing = Growing(data)
+        self.grown_s = 0.0
+        self.peers: list[int] = []
+        """To whom it is sent on while it comes."""
 
 
 class Depot:
@@ -65,6 +76,7 @@ class Depot:
         self._board = board
         self._work = work
         self._pool = BufferPool()
+        self._coming: dict[int, _Held] = {}
         self._held: dict[int, _Held] = {}
         self._waiting: list[int] = []
         """Chunks to be written."""
@@ -78,12 +90,49 @@ class Depot:
     def lend(self, size: int) -> memoryview:
         return self._pool.take(size)
 
-    def give_back(self, data: memoryview) -> None:
-        self._pool.give(data)
+    def came(self, chunk: int, data: memoryview, size: int) -> bool:
+        """Note that *size* bytes have come; return whether the chunk is new here."""
+        is_new = chunk not in self._coming
+        if is_new:
+            self._coming[chunk] = _Held(data)
+        held = self._coming[chunk]
+        if held.data is data:  # else another neighbour sends it too
+            held.growing.grow(size)
+            held.grown_s = trio.current_time()
+            self._tell_peers(held)
+        return is_new
+
+    def give_back(self, chunk: int, data: memoryview) -> None:
+        """The rest does not come."""
+        held = self._take_coming(chunk, data)
+        held.growing.give_up()
+        self._tell_peers(held)
+        self._let_go(held)
+
+    def paused(self) -> list[int]:
+        """Return the chunks that have stopped coming; they hold up nobody any more."""
+        late_s = trio.current_time() - PAUSE_MAX_S
+        found = [chunk for chunk, held in self._coming.items() if held.grown_s < late_s]
+        for chunk in found:
+            self._coming[chunk].growing.give_up()
+            self._tell_peers(self._coming[chunk])
+        return found
+
+    def _take_coming(self, chunk: int, data: memoryview) -> _Held:
+        held = self._coming.get(chunk)
+        if held is None or held.data is not data:
+            return _Held(data)
+        return self._coming.pop(chunk)
+
+    def _tell_peers(self, held: _Held) -> None:
+        for peer in held.peers:
+            self._board.more_for(peer)
 
     def hold(self, chunk: int, data: memoryview) -> Callable[[], None]:
-        """Keep an intact chunk while the hop looks at it; call what is returned afterwards."""
-        held = _Held(data)
+        """Keep a chunk that is complete while the hop looks at it; call what is returned then."""
+        held = self._take_coming(chunk, data)
+        held.growing.grow(len(data))
+        self._tell_peers(held)
         is_first = chunk not in self._held
         if is_first:
             self._held[chunk] = held
@@ -131,7 +180,11 @@ class Depot:
         held = self._held.get(chunk)
         size = self._manifest.extent(chunk)[1]
         self.sent_size += size
-        if held is not None and not held.written:
+        coming = self._coming.get(chunk)
+        if held is None and coming is not None:
+            coming.peers.append(peer)
+            self._send_held(peer, chunk, coming)
+        elif held is not None and not held.written:
             self._send_held(peer, chunk, held)
         elif (place := self._store.locate(chunk)) is not None:
             frame = (self._header(chunk, size), FilePayload(*place, size, _nothing))
@@ -146,7 +199,7 @@ class Depot:
 
     def _send_held(self, peer: int, chunk: int, held: _Held) -> None:
         held.count += 1
-        frame = (self._header(chunk, len(held.data)), held.data)
+        frame = (self._header(chunk, len(held.data)), GrowingPayload(held.growing))
         self._board.put(peer, frame, lambda: self._let_go(held))
 
     async def _send_read(self, peer: int, chunk: int) -> None:

@@ -215,7 +215,7 @@ class Downstream:
                 return True
             window_count = min(window_count, DEMOTED_WINDOW_COUNT)
         while len(child.in_flight) < window_count:
-            ready = child.needs & node.have
+            ready = child.needs & (node.have | node.coming)
             if not ready:
                 return True
             if not self._budget.take(node.chunk_size, now):
@@ -280,9 +280,11 @@ class Downstream:
             self.pump(now)
         options = self.node.options
         for peer, child in self.children.items():
-            if not child.in_flight or not self._relays(peer, child):
+            if not self._relays(peer, child):
                 continue
-            if now - child.progress_s > options.stall_s:
+            if not any(self.node.have >> chunk & 1 for chunk in child.in_flight):
+                child.progress_s = now  # what has not come here yet is not the child's fault
+            elif now - child.progress_s > options.stall_s:
                 self._demote(peer, child, "no progress", now)
             elif self._paces.is_slow(peer, child.pace, now):
                 self._demote(peer, child, "slow", now)

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import trio
 
+from common.broadcast.cost import PIECE_SIZE
 from common.broadcast.wire import HOP, Chunk
 from common.errors import Code, KaError
 from common.framing import Frame, FrameReceiver, Kind, encode_frame
@@ -31,7 +32,7 @@ from common.outbox import Outbox, Part
 
 __all__ = ["Edge", "Owner", "chunk_header"]
 
-LOW_WATER_MAX = 256 * 1024
+LOW_WATER_MAX = PIECE_SIZE
 """Below the kernel's smallest limit for a receive buffer, so that it never waits for more."""
 SIZE_PER_TURN = 4 * 1024 * 1024
 """A busy edge lets other tasks run after this much."""
@@ -47,7 +48,7 @@ class Owner(Protocol):
 
     def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None: ...
 
-    def chunk_lost(self, data: memoryview) -> None:
+    def chunk_lost(self, chunk: int, data: memoryview) -> None:
         """The rest of a chunk will not come."""
 
     def message_came(self, edge: Edge, message: Message) -> None: ...
@@ -56,8 +57,8 @@ class Owner(Protocol):
 
     def answer_came(self, edge: Edge, request_id: int, body: bytes, payload: bytes) -> None: ...
 
-    def bytes_came(self, edge: Edge) -> None:
-        """Part of a chunk was received."""
+    def bytes_came(self, edge: Edge, chunk: int, data: memoryview, size: int) -> None:
+        """Part of a chunk was received; the first *size* bytes of the lent buffer are there."""
 
     def bytes_left(self, edge: Edge) -> None:
         """The kernel took some of what waited to be sent."""
@@ -89,6 +90,8 @@ class Edge:
         self._filled = trio.Event()
         self._drained = trio.Event()
         self._closed = trio.Event()
+        self._is_full = False
+        """The kernel takes no more for now."""
         self._chunk = -1
         self._payload: memoryview | None = None
         self._answer: tuple[int, bytes] | None = None
@@ -115,9 +118,11 @@ class Edge:
         if not self.is_open or not self._outbox:
             return
         before = self._outbox.size
+        self._is_full = False
         try:
             self._outbox.pump()
         except BlockingIOError:
+            self._is_full = True
             self._filled.set()
         except OSError as error:
             self.fail(error.strerror or str(error))
@@ -156,7 +161,7 @@ class Edge:
         while self.is_open:
             await self._filled.wait()
             self._filled = trio.Event()
-            while self._outbox and self.is_open:
+            while self._is_full and self.is_open:
                 await trio.lowlevel.wait_writable(self._sock)
                 self.flush()
                 if self.is_open:
@@ -189,7 +194,7 @@ class Edge:
         if self._payload is not None:
             self._receiver.discard_payload()
             if self._answer is None:
-                self._owner.chunk_lost(self._payload)
+                self._owner.chunk_lost(self._chunk, self._payload)
             self._payload = None
         try:
             self._sock.shutdown(socket.SHUT_RDWR)  # the peer hears now, not when `run` ends
@@ -222,30 +227,34 @@ class Edge:
     def _drain(self) -> bool:
         """Take what the socket has; return whether there may be more."""
         receiver, taken = self._receiver, 0
-        came = False
+        is_empty = False
         while self.is_open and taken < SIZE_PER_TURN:
             if receiver.payload_complete:
                 frame = receiver.next_frame()
                 if frame is not None:
                     self._take(frame)
                     continue
+            if is_empty:
+                break
+            room = receiver.want()
             try:
-                count = self._sock.recv_into(receiver.want())
+                count = self._sock.recv_into(room)
             except BlockingIOError:
-                if came:
-                    self._owner.bytes_came(self)
-                self._set_low_water()
-                return False
+                is_empty = True
+                continue
             if not count:
                 raise KaError(Code.UNREACHABLE, "the peer closed the connection")
             receiver.got(count)
             taken += count
-            if self._payload is not None:
-                came = True
-                if receiver.payload_complete:
-                    self._payload_came()
-                    came = False
-        return self.is_open
+            is_empty = count < len(room)
+            if self._payload is not None and receiver.payload_complete:
+                self._payload_came()
+        if taken and self._payload is not None and self._answer is None:
+            size = len(self._payload) - receiver.payload_left
+            self._owner.bytes_came(self, self._chunk, self._payload, size)
+        if is_empty:
+            self._set_low_water()
+        return self.is_open and not is_empty
 
     def _set_low_water(self) -> None:
         """Be woken when a good part of the rest of a chunk is there."""

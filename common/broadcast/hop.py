@@ -4,7 +4,9 @@ The shell calls a method for each event and carries out the returned actions in 
 `tick` whenever `wake_s` is reached.  Positions: `topology` (who) -> this (what, when) -> shell.
 
 Invariants
-  * a chunk is passed on, and counted as had, only after its sum was found right;
+  * a chunk counts as had only after its sum was found right;
+  * what comes from the parent is passed on while it comes, unless the parent's last chunk was
+    damaged: so damage travels on once at most, and is found by every node for itself;
   * it is acknowledged only after the sink has it, so at most `window_count` chunks per tree are
     held for a sink that is slow, and a parent never waits for anything but this node's sink;
   * "verified" is said only by the node itself, after every chunk was read back from its sink;
@@ -37,7 +39,7 @@ from common.broadcast.node import (
     WriteChunk,
 )
 from common.broadcast.outcome import Summary, Verdict
-from common.broadcast.topology import SOURCE, Topology
+from common.broadcast.topology import SOURCE, Topology, Tree
 from common.broadcast.upstream import Upstream, UpstreamState
 from common.broadcast.wire import (
     Accept,
@@ -108,6 +110,8 @@ class Hop:
         self._verify_count = 0
         self._damaged: dict[int, int] = {}
         """Damaged chunks in a row, by sender."""
+        self._below = _below(topology.control, rank)
+        """This node and those that report through it."""
         self._now = 0.0
         self._started_s = 0.0
         self._news_s = 0.0
@@ -152,11 +156,28 @@ class Hop:
             self.node.send(peer, Finish(self.node.transfer))
         return self._take()
 
+    def chunk_begins(self, peer: int, chunk: int, now: float) -> list[Action]:
+        """The first bytes of a chunk have come; `chunk_received` or `chunk_broke_off` follows."""
+        self._check_chunk(chunk)
+        self._enter(now)
+        node, index = self.node, self.node.tree_of(chunk)
+        fit = self.ups[index].is_parent(peer) and peer not in self._damaged
+        if fit and node.relays and not self.finished:
+            node.coming |= 1 << chunk & ~node.have
+            self.downs[index].pump(now)
+        return self._take()
+
+    def chunk_broke_off(self, chunk: int) -> list[Action]:
+        """The rest of a chunk does not come, or not soon: it is not passed on any more."""
+        self.node.coming &= ~(1 << chunk)
+        return self._take()
+
     def chunk_received(self, peer: int, chunk: int, intact: bool, now: float) -> list[Action]:
         """Take a chunk; *intact*: its sum is that of the manifest."""
         self._check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
+        node.coming &= ~(1 << chunk)
         node.heard_s[peer] = now
         up = self.ups[index]
         if up.is_parent(peer):
@@ -341,6 +362,10 @@ class Hop:
     def _report(self, peer: int, message: Report, now: float) -> None:
         if self.node.ledger.merge(message):
             self._news_s = self._progress_s = now
+            if not self.node.ledger.open_ranks() & self._below:
+                self._tell()  # the last news from here: it need not wait for a tick
+                if self.node.rank == SOURCE:
+                    self._consider_the_end(now)
 
     def _finish(self, peer: int, message: Finish, now: float) -> None:
         self._end("")
@@ -478,3 +503,13 @@ class Hop:
             done = self.verdict is Verdict.VERIFIED
             summary = Summary(1 << node.rank if done else 0, {} if done else {node.rank: own}, {})
         node.actions.append(Finished(summary, complaint))
+
+
+def _below(tree: Tree, rank: int) -> int:
+    """Return the set of ranks in the part of a tree that begins with *rank*."""
+    found, waiting = 0, [rank]
+    while waiting:
+        one = waiting.pop()
+        found |= 1 << one
+        waiting.extend(tree.children[one])
+    return found

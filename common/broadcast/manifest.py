@@ -2,8 +2,7 @@
 
 It binds a transfer id (in every message, so that nobody is fed another stream), the image's id,
 size and chunk size, and a sum of each chunk by a named algorithm, xxh3-64, or blake2b-128 where a
-node lacks xxhash.  The content id is a digest over all of that but the transfer id: it names the
-content, whoever sends it, so what a node has of it counts in a later transfer too (`resumed`).
+node lacks xxhash.
 
 XXH3 finds damage, not forgery.  What keeps strangers out is the session that chunks travel in, and
 the HMAC over the manifest under the session token: a node writes nothing that is not in it.
@@ -19,12 +18,11 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from common import checksum, codec
-from common.broadcast import chunkset
 from common.checksum import Buffer
 from common.errors import Code, KaError
 from common.framing import PAYLOAD_SIZE_MAX
@@ -38,9 +36,6 @@ __all__ = [
     "Manifest",
     "decode_signed",
     "encode_signed",
-    "present",
-    "resume_state",
-    "resumed",
 ]
 
 FORMAT = 1
@@ -108,11 +103,6 @@ class Manifest:
     def chunk_count(self) -> int:
         return -(-self.size // self.chunk_size)
 
-    @property
-    def content_id(self) -> bytes:
-        """Return the digest that names the content, in whichever transfer."""
-        return hashlib.blake2b(_fields(self, b""), digest_size=32).digest()
-
     def extent(self, index: int) -> tuple[int, int]:
         """Return (offset, length) of a chunk; only the last may be short."""
         offset = index * self.chunk_size
@@ -133,7 +123,7 @@ class Manifest:
 
 def encode_signed(manifest: Manifest, token: bytes) -> bytes:
     """Return the form that travels."""
-    fields = _fields(manifest, manifest.transfer_id)
+    fields = _fields(manifest)
     return codec.encode((fields, _mac(token, fields)))
 
 
@@ -162,39 +152,10 @@ def decode_signed(data: Buffer, token: bytes) -> Manifest:
     raise KaError(Code.PROTOCOL, "the manifest has another format")
 
 
-def present(manifest: Manifest, sums: Iterable[bytes | None]) -> int:
-    """Return the chunks that need not travel: delta.
-
-    *sums*: of what is at each chunk's place already, in order; None or the end for nothing.
-    """
-    there = zip(range(manifest.chunk_count), sums, strict=False)
-    return chunkset.from_indexes(i for i, found in there if found == manifest.sum_at(i))
-
-
-def resume_state(manifest: Manifest, have: int) -> bytes:
-    """Return what to store beside a partial copy, for `resumed`."""
-    return codec.encode((FORMAT, manifest.content_id, chunkset.encode(have)))
-
-
-def resumed(manifest: Manifest, state: bytes) -> int:
-    """Return the chunks that an earlier transfer of the same content has left behind.
-
-    A state that is damaged, or of other content, counts for nothing: all is sent again.
-    """
-    try:
-        match codec.decode(state):
-            case [int(version), bytes(content_id), bytes(have)] if version == FORMAT:
-                if content_id == manifest.content_id:
-                    return chunkset.decode(have, manifest.chunk_count)
-    except KaError:
-        pass
-    return 0
-
-
-def _fields(manifest: Manifest, transfer_id: bytes) -> bytes:
+def _fields(manifest: Manifest) -> bytes:
     fields: list[Any] = [
         FORMAT,
-        transfer_id,
+        manifest.transfer_id,
         manifest.image_id,
         manifest.size,
         manifest.chunk_size,

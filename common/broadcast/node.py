@@ -38,7 +38,10 @@ class Send(NamedTuple):
 
 
 class SendChunk(NamedTuple):
-    """Send a `Chunk` message with the chunk as its payload, from memory or read from the sink."""
+    """Send a `Chunk` message with the chunk as its payload, from memory or read from the sink.
+
+    Of a chunk that is still coming what there is, and the rest as it comes.
+    """
 
     peer: int
     chunk: int
@@ -163,6 +166,8 @@ class Node:
         self.everything = chunkset.full(chunk_count)
         self.have = self.everything if rank == SOURCE else have
         """Chunks received and verified: they can be sent on."""
+        self.coming = 0
+        """Chunks on their way in, to be passed on meanwhile."""
         self.attempt = attempt
         self.relays = True
         """False: slow, or failed; it feeds nobody."""

@@ -13,7 +13,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from common.broadcast.cost import CHUNK_SIZES, Cost, Network, ideal_s, predict, shared_medium_s
+from common.broadcast.cost import (
+    CHUNK_S,
+    CHUNK_SIZES,
+    Cost,
+    Network,
+    ideal_s,
+    predict,
+    shared_medium_s,
+)
 from common.broadcast.manifest import CHUNK_COUNT_MAX, CHUNK_SIZE_MAX
 from common.broadcast.topology import Kind, Shape, Topology, build
 from common.errors import Code, KaError
@@ -151,8 +159,11 @@ def _best(kind: Kind, request: Request) -> Choice:
 
 
 def _chunk_sizes(request: Request) -> tuple[int, ...]:
-    """Return the chunk sizes to try: those with which the manifest stays small enough."""
+    """Return the chunk sizes to try: neither the manifest nor a chunk may become too large."""
     smallest = max(1, -(-request.size // CHUNK_COUNT_MAX))
+    network = request.network
+    rate = min(network.rate, network.uplink_rate or network.rate)
+    largest = max(CHUNK_SIZES[0], smallest, rate * CHUNK_S)
     if smallest > CHUNK_SIZE_MAX:
         raise KaError(Code.USAGE, "more than one transfer can hold (4TiB)")
     if request.chunk_size is not None:
@@ -162,7 +173,7 @@ def _chunk_sizes(request: Request) -> tuple[int, ...]:
             )
         return (request.chunk_size,)
     rounded = 1 << (smallest - 1).bit_length()
-    return tuple(size for size in CHUNK_SIZES if size >= smallest) or (rounded,)
+    return tuple(size for size in CHUNK_SIZES if smallest <= size <= largest) or (rounded,)
 
 
 def _lambda(chunk_size: int, request: Request) -> Topology:

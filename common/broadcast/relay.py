@@ -153,6 +153,7 @@ class Relay:
                 if self._sink is not None:
                     nursery.start_soon(self.depot.run, self._thread_wrote)
                 await self._finished.wait()
+                on_tick()  # how far it came at last: it may have ended before the first tick
             finally:
                 if self._sink is not None:
                     self._sink.abort()  # or a thread might never come back
@@ -218,9 +219,11 @@ class Relay:
         finally:
             looked_at()
 
-    def chunk_lost(self, data: memoryview) -> None:
+    def chunk_lost(self, chunk: int, data: memoryview) -> None:
         assert self.depot is not None
-        self.depot.give_back(data)
+        assert self.hop is not None
+        self.depot.give_back(chunk, data)
+        self._carry_out(self.hop.chunk_broke_off(chunk))
 
     def message_came(self, edge: Edge, message: Message) -> None:
         if self.hop is not None:
@@ -235,9 +238,15 @@ class Relay:
     def answer_came(self, edge: Edge, request_id: int, body: bytes, payload: bytes) -> None:
         self._briefing.answered(request_id, body, payload)
 
-    def bytes_came(self, edge: Edge) -> None:
-        if self.hop is not None:
-            self._perform(self.hop.bytes_arrived(edge.peer, trio.current_time()))
+    def bytes_came(self, edge: Edge, chunk: int, data: memoryview, size: int) -> None:
+        assert self.depot is not None
+        assert self.hop is not None
+        now = trio.current_time()
+        actions = self.hop.bytes_arrived(edge.peer, now)
+        has = self.hop.node.have >> chunk & 1
+        if not has and self.depot.came(chunk, data, size):
+            actions += self.hop.chunk_begins(edge.peer, chunk, now)
+        self._perform(actions)
 
     def bytes_left(self, edge: Edge) -> None:
         if self.hop is not None:
@@ -317,9 +326,12 @@ class Relay:
         self._is_checking = False
 
     async def _tick(self, on_tick: Callable[[], None]) -> None:
+        assert self.depot is not None
         assert self.hop is not None
         while True:
             await trio.sleep_until(self.hop.wake_s)
             self._board.poke()
+            for chunk in self.depot.paused():
+                self._carry_out(self.hop.chunk_broke_off(chunk))
             self._perform(self.hop.tick(trio.current_time()))
             on_tick()

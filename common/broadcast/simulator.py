@@ -10,6 +10,7 @@ verified, unless it was given a deadline.  A breach raises `Breach`.
 
 Links: a sender's connections take turns, a chunk each, at its rate; chunks come in one after the
 other at the receiver's rate.  A slow receiver does not block its sender's other connections.
+A node passes on what it does not have all of: the last byte leaves it a piece later.
 What leaves a rack takes its turn on the uplink of that rack and of the other.
 Messages take the latency, and stay behind what was sent before them.  A cut delays what is under
 way until it is healed, as TCP would, if the connection lives that long.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.broadcast import chunkset
+from common.broadcast.cost import PIECE_SIZE
 from common.broadcast.hop import Hop
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
@@ -42,7 +44,8 @@ from common.messages import Message
 
 __all__ = ["Breach", "Outcome", "Simulation"]
 
-ABSENT, RIGHT, WRONG = 0, 1, 2
+ABSENT, RIGHT, WRONG, AS_IT_CAME = 0, 1, 2, 3
+"""The last one is on its way, passed on before its sender has all of it."""
 SLOW_SHARE = 0.05
 LIMIT_S = 400.0
 """Virtual time after which a run that has not ended has lost its liveness."""
@@ -89,6 +92,8 @@ class _Machine:
         self.sending = False
         self.under_way: dict[int, float] = {}
         """By receiver: when the last chunk that has left comes."""
+        self.coming_s: dict[int, float] = {}
+        """When the last byte of a chunk that is passed on meanwhile is expected."""
         self.came_s = self.written_s = 0.0
         """When its link is free to receive, and its disk to write."""
         self.sink = bytearray(chunk_count)
@@ -268,17 +273,24 @@ class Simulation:
         if chunks:
             sender.outgoing[peer] = chunks
         receiver = self._machines[peer]
+        passed_on = not sender.hop.node.have >> chunk & 1
+        piece_s = min(PIECE_SIZE, self.scenario.chunk_size) / sender.rate
+        passed_s = sender.coming_s.get(chunk, self.now) + piece_s if passed_on else self.now
         took_s = self.scenario.chunk_size / sender.rate
         came_s = max(self.now, receiver.came_s) + self.scenario.chunk_size / receiver.rate
         receiver.came_s = came_s
         link = self._link(rank, peer)
         crossed_s = self._cross(rank, peer)
-        arrival_s = max(self.now + took_s, came_s, crossed_s) + self.scenario.latency_s
-        arrival_s = max(arrival_s, link.arrival_s.get(peer, 0.0))
+        arrival_s = max(self.now + took_s, came_s, crossed_s, passed_s) + self.scenario.latency_s
+        begins_s = max(self.now + self.scenario.latency_s, link.arrival_s.get(peer, 0.0))
+        arrival_s = max(arrival_s, begins_s)
         link.arrival_s[peer] = sender.under_way[peer] = arrival_s
         state = sender.sink[chunk] or RIGHT  # from memory, if it is not written yet
+        if passed_on:
+            state = AS_IT_CAME
         if self._rng.random() < self.scenario.damaged_share:
             state = WRONG
+        self._at(begins_s, self._begins, rank, peer, link.generation, chunk, arrival_s)
         self._at(arrival_s, self._arrive, rank, peer, link.generation, None, chunk, state)
         self._at(self.now + took_s, self._send_next, rank, life)
 
@@ -296,11 +308,23 @@ class Simulation:
         self._uplinks_s.update(dict.fromkeys(ends, free_s))
         return free_s
 
+    def _begins(self, rank: int, peer: int, generation: int, chunk: int, arrival_s: float) -> None:
+        """The first bytes of a chunk reach *peer*'s machine; the last ones are expected."""
+        link, receiver = self._link(rank, peer), self._machines[peer]
+        if link.generation != generation or link.cut or receiver.paused:
+            return
+        receiver.coming_s[chunk] = arrival_s
+        self._on(peer, receiver.life, lambda hop: hop.chunk_begins(rank, chunk, self.now))
+
     def _arrive(
         self, rank: int, peer: int, generation: int, message: Message, chunk: int, state: int
     ) -> None:
         """Something from *rank* reaches *peer*'s machine."""
         link = self._link(rank, peer)
+        late = link.generation != generation or link.cut
+        if late and chunk >= 0:
+            life = self._machines[peer].life
+            self._on(peer, life, lambda hop: hop.chunk_broke_off(chunk))
         if link.generation != generation:
             return
         if link.cut:
@@ -315,6 +339,8 @@ class Simulation:
         if chunk < 0:
             self._on(peer, receiver.life, lambda hop: hop.message_received(rank, message, self.now))
             return
+        if state == AS_IT_CAME:
+            state = RIGHT if self._machines[rank].hop.node.have >> chunk & 1 else WRONG
         if state == RIGHT and not receiver.hop.node.have >> chunk & 1:
             if not receiver.paused and receiver.gained_s >= 0:
                 receiver.stall_s = max(receiver.stall_s, self.now - receiver.gained_s)

@@ -100,6 +100,10 @@ class Switchboard:
             self._nursery.start_soon(self._dial, peer, dial)
         dial.queue.append((parts, release))
 
+    def more_for(self, peer: int) -> None:
+        """Something that was put for a peer has grown."""
+        self._dirty.update(dict.fromkeys(self._edges.get(peer, ())))
+
     def flush(self) -> None:
         while self._dirty:
             self._dirty.popitem()[0].flush()

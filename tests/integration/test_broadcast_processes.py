@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from bench.netlab import NetLab
 from common.broadcast.node import HopOptions
 from common.broadcast.topology import Kind
 from tests.support.transfers import CHUNK_SIZE, Processes, random_file, shape
@@ -37,6 +39,14 @@ def begin(kind: Kind, source: Path, options: HopOptions = SLOW) -> Processes:
     return Processes(shape(kind, NODES), source, lambda rank: directory / f"out{rank}", options)
 
 
+def check_healed(processes: Processes) -> None:
+    """Nobody stood still for long, and only what was under way has travelled twice."""
+    living = [one for one in (processes.source, *processes.nodes.values()) if one.report]
+    assert max(one.report["stall_s"] for one in living) < 2
+    sent = sum(one.report["sent_size"] for one in living)
+    assert sent <= (NODES * CHUNKS + 4 * SLOW.window_count) * CHUNK_SIZE
+
+
 def check(source: Path, *without: int) -> None:
     for rank in range(1, NODES + 1):
         path = source.parent / f"out{rank}"
@@ -60,6 +70,28 @@ def test_a_node_that_dies_or_hangs_costs_itself_alone(
         for other, node in processes.nodes.items():
             if other != rank:
                 assert node.wait() == 0
+        check_healed(processes)
+    check(source, rank)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.parametrize(("kind", "rank"), CASES)
+def test_a_node_that_is_cut_off_costs_itself_alone(source: Path, kind: Kind, rank: int) -> None:
+    def target(one: int) -> Path:
+        return source.parent / f"out{one}"
+
+    options = replace(SLOW, orphan_s=3.0)
+    with (
+        NetLab((NODES + 1,), rate_mbit=0) as lab,
+        Processes(shape(kind, NODES), source, target, options, lab=lab) as processes,
+    ):
+        processes.nodes[rank].wait_for(CHUNKS // 4)
+        lab.cut(rank)
+        assert processes.source.wait() == 2
+        assert list(processes.source.report["others"]) == [str(rank)]
+        for other, node in processes.nodes.items():
+            assert (node.wait() == 0) == (other != rank)
+        check_healed(processes)
     check(source, rank)
 
 

@@ -18,6 +18,7 @@ from common.errors import Code, KaError
 from tests.support.transfers import CHUNK_SIZE, Party, shape
 
 FILE_COUNT = 500
+MANY_COUNT = 5000
 
 
 class CountingSink(FileSink):
@@ -30,14 +31,23 @@ class CountingSink(FileSink):
         return super().write(chunks)
 
 
-def make_tree(root: Path) -> None:
-    """Make one of everything that a tree can hold, and many small files."""
+def make_tree(root: Path, file_count: int = FILE_COUNT) -> None:
+    """Make one of everything that a tree can hold, and many small files.
+
+    Some of them have attributes, some another name, some a hole.
+    """
     root.mkdir()
-    for number in range(FILE_COUNT):
+    for number in range(file_count):
         directory = root / f"d{number % 7}" / f"e{number % 3}"
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"file{number}"
         path.write_bytes(bytes([number % 256]) * (number * 37 % 5000))
+        if number % 20 == 3:
+            os.setxattr(path, "user.number", b"%d" % number)
+        if number % 50 == 5:
+            os.link(path, directory / f"second name {number}")
+        if number % 100 == 7:
+            os.truncate(path, path.stat().st_size + (1 << 20))
         path.chmod(0o400 + number % 0o300)
     (root / "empty").mkdir(mode=0o711)
     (root / "link").symlink_to("/nowhere/at/all")
@@ -103,7 +113,7 @@ async def copy(source: Path, targets: Sequence[Path], *, chunk_size: int = CHUNK
 
 
 async def test_a_tree_arrives_as_it_is_and_again_for_nothing(tmp_path: Path) -> None:
-    make_tree(tmp_path / "source")
+    make_tree(tmp_path / "source", MANY_COUNT)
     targets = [tmp_path / "one", tmp_path / "two"]
     assert await copy(tmp_path / "source", targets) > 10
     for target in targets:

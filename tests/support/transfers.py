@@ -22,6 +22,7 @@ from typing import Any
 
 import trio
 
+from bench.netlab import NetLab
 from common.broadcast.job import Job, encode_job
 from common.broadcast.manifest import Algorithm
 from common.broadcast.node import HopOptions
@@ -200,20 +201,28 @@ class Processes:
         *,
         interpreter: Sequence[str] = (sys.executable, "-m", "common.broadcast"),
         algorithm: Algorithm = Algorithm.XXH3,
+        lab: NetLab | None = None,
     ) -> None:
-        """*interpreter*: what runs `common.broadcast` with arguments."""
+        """*interpreter*: what runs `common.broadcast` with arguments; *lab*: where."""
         self._target = target
         self._interpreter = interpreter
+        self._lab = lab
         arguments = ["source", "--from", str(source), "--chunk-size", str(CHUNK_SIZE)]
-        self.source = _Process(interpreter, [*arguments, "--algorithm", algorithm.name])
+        self.source = self._start(0, [*arguments, "--algorithm", algorithm.name])
         self.nodes = {
-            rank: _Process(interpreter, self._node_arguments(rank))
+            rank: self._start(rank, self._node_arguments(rank))
             for rank in range(1, shape.receiver_count + 1)
         }
         addresses = [self.source.address, *(node.address for node in self.nodes.values())]
         self.job = new_job(shape, addresses, options)
         for process in (self.source, *self.nodes.values()):
             process.begin(self.job)
+
+    def _start(self, rank: int, arguments: list[str]) -> _Process:
+        if self._lab is None:
+            return _Process(self._interpreter, arguments)
+        listen = ["--listen", f"{self._lab.address(rank)}:0"]
+        return _Process(self._lab.inside(rank, *self._interpreter), [*arguments, *listen])
 
     def _node_arguments(self, rank: int) -> list[str]:
         return ["node", "--rank", str(rank), "--to", os.fspath(self._target(rank))]
@@ -223,7 +232,7 @@ class Processes:
         address = self.nodes[rank].address
         more = ["--restarted", "--listen", address]
         self.nodes[rank].end()
-        self.nodes[rank] = _Process(self._interpreter, [*self._node_arguments(rank), *more])
+        self.nodes[rank] = self._start(rank, [*self._node_arguments(rank), *more])
         self.nodes[rank].begin(self.job)
 
     def __enter__(self) -> Processes:

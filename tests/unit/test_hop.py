@@ -394,3 +394,49 @@ def test_whatever_neighbours_say_only_protocol_errors_come_of_it(
             if isinstance(action, SendChunk):
                 assert made.node.have >> action.chunk & 1
     assert made.verdict is Verdict.PENDING
+
+
+def test_a_chunk_is_passed_on_while_it_comes_and_once() -> None:
+    made = relay()
+    assert chunks_to(3, made.chunk_begins(1, 0, 0.1)) == [0]
+    assert made.node.have == 0
+    actions = made.chunk_received(1, 0, True, 0.2)
+    assert WriteChunk(0) in actions
+    assert chunks_to(3, actions) == []
+
+
+def test_after_a_damaged_chunk_nothing_is_passed_on_before_it_was_found_right() -> None:
+    made = relay()
+    made.chunk_begins(1, 0, 0.1)
+    made.chunk_received(1, 0, False, 0.2)
+    assert chunks_to(3, made.chunk_begins(1, 1, 0.3)) == []
+    assert chunks_to(3, made.chunk_received(1, 1, True, 0.4)) == [1]
+    assert chunks_to(3, made.chunk_begins(1, 2, 0.5)) == [2]
+
+
+def test_what_a_child_complains_about_is_sent_again_when_it_is_there() -> None:
+    made = relay()
+    made.chunk_begins(1, 0, 0.1)
+    made.chunk_broke_off(0)
+    want = Want(ID, 0, chunkset.encode(1))
+    assert chunks_to(3, made.message_received(3, want, 0.2)) == []
+    assert chunks_to(3, made.chunk_received(1, 0, True, 0.3)) == [0]
+
+
+def test_only_the_parent_and_only_what_is_lacking_is_passed_on_early() -> None:
+    made = relay(have=1)
+    assert made.chunk_begins(1, 0, 0.1) == []
+    assert made.chunk_begins(4, 1, 0.1) == []
+
+
+def test_a_child_that_waits_for_what_is_still_coming_is_not_blamed() -> None:
+    made = relay()
+    made.message_received(1, Alive(ID, 0, 8, 1), 0.0)
+    made.chunk_begins(1, 0, 0.1)
+    now = 0.1
+    while now < 3.0:
+        now += 0.1
+        made.bytes_arrived(1, now)
+        made.message_received(0, Alive(ID, CONTROL, 8, 1), now)
+        actions = made.message_received(3, Alive(ID, 0, 0, 1), now) + made.tick(now)
+        assert said_to(3, actions, Demote) == []

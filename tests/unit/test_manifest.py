@@ -16,9 +16,6 @@ from common.broadcast.manifest import (
     Manifest,
     decode_signed,
     encode_signed,
-    present,
-    resume_state,
-    resumed,
 )
 from common.errors import Code, KaError
 
@@ -139,31 +136,3 @@ def test_only_the_right_bytes_verify(data: bytes, algorithm: Algorithm, at: st.D
     assert not manifest.verify(index, bytes([chunk[0] ^ 1]) + chunk[1:])
     assert not manifest.verify(manifest.chunk_count, chunk)
     assert not manifest.verify(-1, chunk)
-
-
-@given(st.binary(max_size=60), st.binary(max_size=60))
-def test_delta_finds_exactly_the_chunks_that_are_there(new: bytes, old: bytes) -> None:
-    manifest = manifest_of(new)
-    there = manifest_of(old)
-    have = present(manifest, (there.sum_at(index) for index in range(there.chunk_count)))
-    for index in range(manifest.chunk_count):
-        at, length = manifest.extent(index)
-        same = new[at : at + length] == old[at : at + 4]
-        assert bool(have >> index & 1) == same
-
-
-@given(st.integers(0, 2**10 - 1))
-def test_a_later_transfer_of_the_same_content_resumes(have: int) -> None:
-    manifest = manifest_of(b"0123456789" * 4)
-    later = Manifest(
-        b"another transfer", manifest.image_id, manifest.size, manifest.chunk_size,
-        manifest.algorithm, manifest.sums,
-    )  # fmt: skip
-    state = resume_state(manifest, have)
-    assert resumed(later, state) == have
-    assert resumed(manifest_of(b"0123456789" * 3 + b"0123456780"), state) == 0
-
-
-@given(st.binary(max_size=60))
-def test_a_damaged_resume_state_counts_for_nothing(state: bytes) -> None:
-    assert resumed(manifest_of(b"0123"), state) == 0

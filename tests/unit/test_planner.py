@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.broadcast.cost import Network, ideal_s, predict
+from common.broadcast.cost import CHUNK_S, CHUNK_SIZES, PIECE_SIZE, Network, ideal_s, predict
 from common.broadcast.planner import Plan, Request, make_plan
 from common.broadcast.topology import Kind, Shape, build
 from common.errors import KaError
@@ -50,12 +48,21 @@ def test_a_whole_file_down_a_binomial_tree_takes_a_round_for_each_bit() -> None:
     assert seconds(Kind.BINOMIAL, 10**6, 255, 10**6, net) == pytest.approx(8)
 
 
-def test_the_best_chunk_size_of_a_chain_is_near_the_square_root_rule() -> None:
-    net = network()
-    found = plan(GIB, 225, kind=Kind.CHAIN).chosen.chunk_size
-    overhead_s = net.hop_overhead_s + net.latency_s
-    rule = math.sqrt(GIB * overhead_s / (224 / GBIT))
-    assert rule / 2 <= found <= rule * 2
+@pytest.mark.parametrize("uplink_rate", [0.0, GBIT / 100])
+@pytest.mark.parametrize("rate", [GBIT / 10, GBIT, 10 * GBIT])
+def test_a_chunk_is_as_large_as_the_narrowest_link_allows(rate: float, uplink_rate: float) -> None:
+    found = make_plan(Request(GIB, (20, 20), network(rate, uplink_rate), kind=Kind.CHAIN))
+    largest = CHUNK_S * (uplink_rate or rate)
+    fit = [size for size in CHUNK_SIZES if size <= largest]
+    assert found.chosen.chunk_size == (fit or CHUNK_SIZES)[-1 if fit else 0]
+
+
+@given(st.integers(1, 200))
+def test_a_long_chain_costs_a_piece_for_each_node_not_a_chunk(receivers: int) -> None:
+    net = Network(1e6, 1e6, latency_s=0, hop_overhead_s=0, hop_cpu_rate=1e18)
+    chunk_size = 4 * PIECE_SIZE
+    found = seconds(Kind.CHAIN, 10 * chunk_size, receivers, chunk_size, net)
+    assert found == pytest.approx((receivers - 1 + 40) * PIECE_SIZE / 1e6)
 
 
 @given(
