@@ -13,6 +13,7 @@ import trio
 from bench.sshd import Sshd, addresses
 from common.errors import Code, KaError
 from karun import windows
+from karun.copied import Step
 from karun.windows_nodes import WindowsNodes
 from tests.support import powershell
 from tests.support.karun import Collect
@@ -71,14 +72,15 @@ async def test_a_copy_arrives_and_is_checked_on_every_node(sshd: Sshd, tmp_path:
         assert {path.name for path in at.iterdir()} == {"a tree", "single"}
 
 
-async def test_a_file_that_is_not_what_was_sent_is_named(sshd: Sshd, tmp_path: Path) -> None:
+async def test_a_file_that_is_not_what_was_meant_is_named(sshd: Sshd, tmp_path: Path) -> None:
     source = tmp_path / "image"
     source.write_bytes(b"good")
-    target = tmp_path / "to"
-    target.mkdir()
-    (target / "image").symlink_to("/dev/null")  # takes the bytes and does not keep them
+
+    def change(_: Step) -> None:
+        source.write_bytes(b"bad!")  # summed, and not sent yet
+
     async with nodes(sshd, 1) as run:
-        (result,) = await run.copy([str(source)], str(target))
+        (result,) = await run.copy([str(source)], f"{tmp_path}/to", on_progress=change)
     assert result.reason == "differs: image"
 
 
