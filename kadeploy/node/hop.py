@@ -1,4 +1,4 @@
-"""One hop of a broadcast: `python3 -m kadeploy.node.hop ADDRESS WRITER...`.
+"""One hop of a broadcast: `python3 -m kadeploy.node.hop ADDRESS SPOOL WRITER...`.
 
 Prints where it listens, reads rank and job from standard input, takes part; exit code 0 when this
 node has all of it and its writer ended well.  Needs trio, msgpack and xxhash, which the deployment
@@ -32,7 +32,10 @@ def main() -> int:
     job = decode_job(base64.b64decode(word))
 
     async def take_part() -> int:
-        summary = await run_node(job, int(rank), CommandSink(sys.argv[2:]), sockets=sockets)
+        sink = CommandSink(sys.argv[3:], sys.argv[2])
+        summary = await run_node(job, int(rank), sink, sockets=sockets)
+        for entry in summary.others.values():
+            print(entry.reason, file=sys.stderr)
         return summary.exit_code
 
     try:

@@ -35,6 +35,7 @@ FILES = (
     "/usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed",
     "/dev/net/tun",
 )
+OVMF = Path("/usr/share/OVMF")
 START_TIMEOUT_S = 20.0
 
 
@@ -153,6 +154,19 @@ class Lab:
         vm = Vm(self.start(command, f"{name}.qemu"), console)
         self.vms.append(vm)
         return vm
+
+    def uefi(self, name: str, *, secure: bool = False) -> list[str]:
+        """Return the options that give a machine OVMF, with Microsoft's keys in it if secure."""
+        keys = ".ms" if secure else ""
+        variables = self.directory / f"{name}.vars"
+        shutil.copy(OVMF / f"OVMF_VARS_4M{keys}.fd", variables)
+        code = OVMF / f"OVMF_CODE_4M{keys or '.secboot'}.fd"
+        return [
+            "uefi", "-machine", "q35,smm=on",
+            "-global", "driver=cfi.pflash01,property=secure,value=on",
+            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
+            "-drive", f"if=pflash,format=raw,unit=1,file={variables}",
+        ]  # fmt: skip
 
     def ask_dhcp(self, arch: int, *options: str) -> dict[str, str]:
         """Be a PXE client of a kind, on the foreign server; return what it was told.
