@@ -1,19 +1,18 @@
 """Making the deployment environment: a kernel, and a root in memory with all that a node needs.
 
-Three files come out.  `vmlinuz` and `initrd.gz` follow from packages and this version alone:
-file times are fixed, names sorted, no key in them; the same input gives the same bytes.  `site.gz`
+Three files come out.  `vmlinuz` and `initrd.img` follow from packages and this version alone:
+file times are fixed, names sorted, no key in them; the same input gives the same bytes.  `site.img`
 holds what is this site's: who may enter, and the host key by which the head knows the environment
 (`known_hosts`).  A boot loader appends it to the other.
 
 What travels over the network to be booted can be read there, the host key included: it keeps out
 mistakes, not somebody who listens.  Nothing in it opens any other door.
 
-Blocking; needs root, mmdebstrap and cpio.
+Blocking; needs root, mmdebstrap, cpio and zstd.
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import os
 import shutil
@@ -48,6 +47,8 @@ MERGED_USR = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
 """From the start: else a package does it, and brings all of Perl with it."""
 EPOCH = 1_700_000_000
 """Time of everything in the image."""
+PACKER = ("zstd", "-q", "-9", "-T0", "-c")
+"""The same bytes with any number of threads."""
 HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
 
 # The kernel is unpacked, not installed: its scripts would make an initramfs that nobody wants.  A
@@ -73,6 +74,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /run /tmp; mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=755 run /run; mkdir -p /run/sshd
+mount -t tmpfs -o mode=1777,size=80% tmp /tmp  # a broadcast is spooled here
 [ ! -d /sys/firmware/efi ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
 /lib/systemd/systemd-udevd --daemon
 udevadm trigger --type=subsystems --action=add
@@ -121,7 +123,7 @@ class Request:
 
 def make_environment(request: Request) -> Iterator[str]:
     """Make everything in the request's directory; yield what was made.  Raises KaError."""
-    for program in ("mmdebstrap", "cpio", "ssh-keygen"):
+    for program in ("mmdebstrap", "cpio", "ssh-keygen", "zstd"):
         if shutil.which(program) is None:
             raise KaError(Code.USAGE, f"{program} is not installed")
     if os.geteuid() != 0:
@@ -145,7 +147,7 @@ def _bootstrap_words(request: Request, root: Path, hook: Path) -> list[str]:
 
 
 def pack_root(root: Path, directory: Path) -> Iterator[str]:
-    """Make `vmlinuz` and `initrd.gz` of a root with a kernel in it; yield what was made."""
+    """Make `vmlinuz` and `initrd.img` of a root with a kernel in it; yield what was made."""
     (kernel,) = sorted((root / "boot").glob("vmlinuz-*"))
     version = kernel.name.removeprefix("vmlinuz-")
     shutil.copyfile(kernel, directory / "vmlinuz")
@@ -166,9 +168,9 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     for cache in root.rglob("__pycache__"):
         shutil.rmtree(cache)
-    _pack(root, directory / "initrd.gz")
+    _pack(root, directory / "initrd.img")
     yield f"{directory / 'vmlinuz'}: {version}"
-    yield f"{directory / 'initrd.gz'}: {format_size((directory / 'initrd.gz').stat().st_size)}"
+    yield f"{directory / 'initrd.img'}: {format_size((directory / 'initrd.img').stat().st_size)}"
 
 
 def _copy_libraries(root: Path) -> None:
@@ -190,7 +192,7 @@ def _copy_libraries(root: Path) -> None:
 
 
 def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
-    """Make `site.gz` and `known_hosts`; a host key that is there is kept."""
+    """Make `site.img` and `known_hosts`; a host key that is there is kept."""
     key = directory / "host_key"
     if not key.exists():
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "kadeploy", "-f", str(key)])
@@ -203,8 +205,8 @@ def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
         _write(root / "root/.ssh/authorized_keys", "".join(f"{one}\n" for one in keys), 0o600)
         (root / "root").chmod(0o700)
         (root / "root/.ssh").chmod(0o700)
-        _pack(root, directory / "site.gz")
-    yield f"{directory / 'site.gz'}: {len(keys)} keys may enter"
+        _pack(root, directory / "site.img")
+    yield f"{directory / 'site.img'}: {len(keys)} keys may enter"
     yield f"{directory / 'known_hosts'}: for the configuration's ssh.known_hosts"
 
 
@@ -230,13 +232,14 @@ def _pack(root: Path, target: Path) -> None:
         listing.seek(0)
         with (
             open(target, "wb") as file,
-            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
             subprocess.Popen(words, cwd=root, stdin=listing, stdout=subprocess.PIPE) as cpio,
+            subprocess.Popen(PACKER, stdin=cpio.stdout, stdout=file) as packer,
         ):
             assert cpio.stdout is not None
-            shutil.copyfileobj(cpio.stdout, packed, 1 << 20)
-    if cpio.returncode != 0:
-        raise KaError(Code.EIO, f"cpio failed ({cpio.returncode})")
+            cpio.stdout.close()
+    for process in (cpio, packer):
+        if process.returncode != 0:
+            raise KaError(Code.EIO, f"cpio or zstd failed ({process.returncode})")
     target.chmod(0o644)
 
 

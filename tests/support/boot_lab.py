@@ -55,6 +55,8 @@ class Vm:
 
     process: subprocess.Popen[bytes]
     console: Path
+    tap: str
+    """Its cable's end in the room."""
 
     def text(self) -> str:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
@@ -151,7 +153,7 @@ class Lab:
             "-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no", "-device", card,
             *(option for option in options if option != "uefi"),
         ]  # fmt: skip
-        vm = Vm(self.start(command, f"{name}.qemu"), console)
+        vm = Vm(self.start(command, f"{name}.qemu"), console, tap)
         self.vms.append(vm)
         return vm
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from kadeploy import mkenv
 __all__ = ["Built", "build", "checksum"]
 
 SUITE = "bookworm"
+RAW_UUID = "6b61726f-6f74-4000-8000-000000000001"
+RAW_SIZE = "400M"
 KERNEL = "linux-image-cloud-amd64"
 PACKAGES = (
     "dbus", "e2fsprogs", "grub-efi-amd64-bin", "grub-pc-bin", "grub2-common", "initramfs-tools",
@@ -30,10 +34,27 @@ EXCLUDED = (
     *(
         f"/lib/modules/*/kernel/{name}/*"
         for name in (
-            "drivers/comedi", "drivers/hid", "drivers/infiniband", "drivers/md", "drivers/mtd",
-            "drivers/net/ethernet", "drivers/nvme", "drivers/scsi", "drivers/target", "fs/btrfs",
-            "fs/ceph", "fs/nfs", "fs/nfsd", "fs/smb", "fs/xfs", "net/bridge", "net/ceph",
-            "net/netfilter", "net/openvswitch", "net/sched", "net/sunrpc",
+            "drivers/comedi",
+            "drivers/hid",
+            "drivers/infiniband",
+            "drivers/md",
+            "drivers/mtd",
+            "drivers/net/ethernet",
+            "drivers/nvme",
+            "drivers/scsi",
+            "drivers/target",
+            "fs/btrfs",
+            "fs/ceph",
+            "fs/nfs",
+            "fs/nfsd",
+            "fs/smb",
+            "fs/xfs",
+            "net/bridge",
+            "net/ceph",
+            "net/netfilter",
+            "net/openvswitch",
+            "net/sched",
+            "net/sunrpc",
         )
     ),
     "/usr/lib/x86_64-linux-gnu/gconv/*",
@@ -45,9 +66,11 @@ class Built:
     """Files to be deployed with; nobody writes into them."""
 
     environment: Path
-    """A directory with `vmlinuz` and `initrd.gz`."""
+    """A directory with `vmlinuz` and `initrd.img`."""
     system: Path
     """A tar.zst of a Debian."""
+    raw: Path
+    """A raw.zst of a file system with the same in it."""
 
 
 def build(cache: Path) -> Built:
@@ -59,7 +82,9 @@ def build(cache: Path) -> Built:
     with ThreadPoolExecutor() as pool:
         for work in [pool.submit(_environment, environment), pool.submit(_system, system)]:
             work.result()
-    return Built(environment, system)
+    raw = system.with_name(system.name.replace(".tar.", ".raw."))
+    _raw(system, raw)
+    return Built(environment, system, raw)
 
 
 def _digest(content: bytes) -> str:
@@ -85,6 +110,19 @@ def _system(archive: Path) -> None:
     done = subprocess.run([*words, SUITE, tar], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     subprocess.run(["zstd", "-q", "-T0", "--rm", tar, "-o", archive], check=True)
+
+
+def _raw(system: Path, image: Path) -> None:
+    if image.exists():
+        return
+    draft = image.with_suffix(".part")
+    with tempfile.TemporaryDirectory() as tree:
+        words = ["tar", "-xf", str(system), "-C", tree, "--zstd", "--numeric-owner"]
+        subprocess.run(words, check=True)
+        words = ["mkfs.ext4", "-q", "-F", "-U", RAW_UUID, "-d", tree, str(draft), RAW_SIZE]
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        subprocess.run(words, check=True, env={**os.environ, "PATH": path})
+    subprocess.run(["zstd", "-q", "-T0", "--rm", draft, "-o", image], check=True)
 
 
 def checksum(path: Path) -> str:

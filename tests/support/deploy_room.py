@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kadeploy.mkenv import make_site
+from kadeploy.store import HistoryRow, Store
 from tests.support import boot_lab, qemu_power
 from tests.support.boot_lab import ROOT, Lab, Vm
 
@@ -41,7 +42,7 @@ state = "state"
 [[profile]]
 name = "install"
 kernel = "vmlinuz"
-initrds = ["initrd.gz", "site.gz"]
+initrds = ["initrd.img", "site.img"]
 arguments = ["console=ttyS0", "quiet", "panic=-1"]
 """
 INVENTORY_NODE = """
@@ -64,9 +65,9 @@ known_hosts = "{directory}/files/known_hosts"
 [workflow]
 boot_timeout_ms = {boot_ms}
 reboot_pause_ms = 0
-{workflow}
+gather_ms = 120000
 """
-BOOT_MS = 240_000
+BOOT_MS = 300_000
 """Two cores for all machines, none of them with KVM."""
 
 
@@ -123,10 +124,32 @@ class Room:
         self.vms[name] = vm
         return vm
 
+    def unplug(self, machine: Machine) -> None:
+        """Let a machine die at once, as if its mains cable was pulled."""
+        vm = self.vms.pop(machine.name)
+        vm.process.kill()
+        vm.process.wait()
+        (self.directory / f"{machine.name}.power").unlink()
+
+    def sent_size(self, machine: Machine) -> int:
+        """Return the bytes that came to a machine since it was plugged in."""
+        words = ["ip", "-s", "-j", "link", "show", self.vms[machine.name].tap]
+        said = subprocess.run(self.lab.inside(words), check=True, capture_output=True).stdout
+        return int(json.loads(said)[0]["stats64"]["tx"]["bytes"])
+
+    def slow_down(self, machine: Machine, rate: int | None) -> None:
+        """Let *rate* bytes a second come to a machine, or as many as can."""
+        tap = self.vms[machine.name].tap
+        words = ["tc", "qdisc", "del", "dev", tap, "root"]
+        if rate is not None:
+            words = ["tc", "qdisc", "add", "dev", tap, "root", "tbf", "rate", f"{rate * 8}bit",
+                     "burst", "16kb", "latency", "300ms"]  # fmt: skip
+        subprocess.run(self.lab.inside(words), check=True, capture_output=True)
+
     def _power(self, name: str) -> Path:
         return self.directory / f"{name}.power"
 
-    def configure(self, *, workflow: str = "") -> None:
+    def configure(self) -> None:
         """Write the head's configuration and its nodes file, and start kaboot."""
         inventory = INVENTORY.format(address=boot_lab.ADDRESS, network=NETWORK)
         for one in self.machines:
@@ -134,13 +157,17 @@ class Room:
                 name=one.name, mac=one.mac, address=one.address, firmware=one.firmware
             )
         self.lab.serve(inventory)
-        text = SETTINGS.format(
-            address=boot_lab.ADDRESS, directory=self.directory, boot_ms=BOOT_MS, workflow=workflow
-        )
+        text = SETTINGS.format(address=boot_lab.ADDRESS, directory=self.directory, boot_ms=BOOT_MS)
         (self.directory / "kadeploy.toml").write_text(text)
         public = (self.directory / "id.pub").read_text().strip()
         nodes = {"ssh_keys": [public], "nodes": [self._node(one) for one in self.machines]}
         (self.directory / "nodes.yaml").write_text(json.dumps(nodes))  # JSON is YAML
+
+    def swap(self, old: Machine, new: Machine) -> None:
+        """Put another machine of that name in a machine's place."""
+        self.unplug(old)
+        self.machines = [new if one == old else one for one in self.machines]
+        self.plug_in(new)
 
     def _node(self, machine: Machine) -> dict[str, object]:
         socket = str(self._power(machine.name))
@@ -153,27 +180,52 @@ class Room:
             "power": [{"driver": "command", "command": button}],
         }
 
-    def command(self, *words: str | Path) -> list[str]:
-        """Return the words of a kadeploy command as it runs on the head, which is in the room."""
+    def command(self, *words: str | Path) -> list[str | Path]:
+        """Return the words of a kadeploy command; it belongs into the room."""
         program = "from kadeploy.cli import main; main()"
-        config = self.directory / "kadeploy.toml"
-        return self.lab.inside([sys.executable, "-c", program, "-c", config, *words])
+        return [sys.executable, "-c", program, "-c", self.directory / "kadeploy.toml", *words]
 
     def kadeploy(self, *words: str | Path, status: int = 0) -> str:
         """Run kadeploy; return what it printed; it must end with *status*."""
-        done = subprocess.run(
-            self.command(*words), capture_output=True, text=True, timeout=RUN_S, cwd=ROOT
-        )
-        print(done.stderr)
+        command = self.lab.inside(self.command(*words))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=RUN_S, cwd=ROOT)
         said = f"kadeploy {' '.join(map(str, words))}: {done.returncode}"
+        print(f"{said}\n{done.stderr}")
         assert done.returncode == status, f"{said}\n{done.stdout}{done.stderr}\n{self.lab.state()}"
         return done.stdout
 
-    def history(self) -> list[dict[str, object]]:
+    def begin(self, *words: str) -> subprocess.Popen[bytes]:
+        """Start `kadeploy run`; return when the deployment is in the store."""
+        with self._store() as store:
+            before = len(store.deployments())
+
+        def there() -> bool:
+            with self._store() as store:
+                return len(store.deployments()) > before
+
+        process = self.lab.start(self.command("run", *words), "run.log")
+        self.lab.until(there, "a deployment", 60)
+        return process
+
+    def history(self) -> list[HistoryRow]:
         """Return every try of every step of the last deployment."""
-        number = json.loads(self.kadeploy("history", "--json"))[0]["id"]
-        tries: list[dict[str, object]] = json.loads(self.kadeploy("history", str(number), "--json"))
-        return tries
+        with self._store() as store:
+            return store.history(store.deployment().id)
+
+    def status(self) -> dict[str, str]:
+        """Return what has become of every node in the last deployment, so far."""
+        with self._store() as store:
+            return {one.name: one.status.value for one in store.nodes(store.deployment().id)}
+
+    def until_done(self, step: str, *machines: Machine) -> None:
+        """Wait until machines are through a step of the last deployment."""
+        wanted = {(one.name, step, True) for one in machines}
+        self.lab.until(
+            lambda: wanted <= {(one.node, one.step, one.ok) for one in self.history()}, step, RUN_S
+        )
+
+    def _store(self) -> Store:
+        return Store.open(self.directory / "kadeploy/kadeploy.db")
 
     def ask(self, machine: Machine, command: str) -> str:
         """Run a command on a deployed machine, by ssh with the head's key."""
@@ -191,7 +243,7 @@ def room(directory: Path, environment: Path, machines: Sequence[Machine]) -> Ite
     directory.chmod(0o755)  # kaboot becomes a user who must get at the files
     files = directory / "files"
     files.mkdir(mode=0o755)
-    for name in ("vmlinuz", "initrd.gz"):
+    for name in ("vmlinuz", "initrd.img"):
         shutil.copy(environment / name, files / name)
     key = directory / "id"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
