@@ -34,7 +34,7 @@ LINK_RATE = 110e6
 LATENCY_S = 0.0002
 START_S = 30.0
 OPTIONS = HopOptions(
-    silence_s=5.0, attach_s=2.0, stall_s=10.0, join_s=10.0, lost_grace_s=10.0, quiet_s=300.0
+    silence_s=5.0, attach_s=2.0, stall_s=30.0, join_s=10.0, lost_grace_s=10.0, quiet_s=300.0
 )
 """A node unpacks, writes and reads back while it relays: it may be silent for seconds and be well,
 and what it reads back in the end may take it minutes."""

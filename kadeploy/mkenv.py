@@ -166,11 +166,18 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
                     "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"):  # fmt: skip
         for path in root.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    for cache in root.rglob("__pycache__"):
-        shutil.rmtree(cache)
+    _compile(root)
     _pack(root, directory / "initrd.img")
     yield f"{directory / 'vmlinuz'}: {version}"
     yield f"{directory / 'initrd.img'}: {format_size((directory / 'initrd.img').stat().st_size)}"
+
+
+def _compile(root: Path) -> None:
+    """Compile all Python beforehand: a node would do it at each start of a program anew."""
+    for cache in root.rglob("__pycache__"):
+        shutil.rmtree(cache)
+    words = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    _run([*words, "-s", str(root), *map(str, (root / "usr/lib").glob("python3*"))])
 
 
 def _copy_libraries(root: Path) -> None:

@@ -90,12 +90,23 @@ def _take_over(record: Path) -> None:
     with contextlib.suppress(OSError, ValueError):
         other = int(record.read_text())
         if b"kadeploy" in Path(f"/proc/{other}/cmdline").read_bytes():
+            os.killpg(other, signal.SIGKILL)
             deadline_s = time.monotonic() + END_S
-            while time.monotonic() < deadline_s:
-                os.killpg(other, signal.SIGKILL)  # until there is none
+            while _is_at_work(other):
+                if time.monotonic() > deadline_s:
+                    raise KaError(Code.BUSY, "what was begun before does not end")
                 time.sleep(0.05)
-            raise KaError(Code.BUSY, "what was begun before does not end")
     record.write_text(str(os.getpid()))
+
+
+def _is_at_work(group: int) -> bool:
+    """Whether a process of a group still runs, or waits for the disk."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
+            if its_group == str(group) and state != "Z":
+                return True
+    return False
 
 
 def main() -> None:

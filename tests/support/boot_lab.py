@@ -162,13 +162,13 @@ class Lab:
         keys = ".ms" if secure else ""
         variables = self.directory / f"{name}.vars"
         shutil.copy(OVMF / f"OVMF_VARS_4M{keys}.fd", variables)
-        code = OVMF / f"OVMF_CODE_4M{keys or '.secboot'}.fd"
-        return [
-            "uefi", "-machine", "q35,smm=on",
-            "-global", "driver=cfi.pflash01,property=secure,value=on",
-            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
+        options = [
+            "uefi", "-machine", f"q35,smm={'on' if secure else 'off'}",
+            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF}/OVMF_CODE_4M{keys}.fd",
             "-drive", f"if=pflash,format=raw,unit=1,file={variables}",
         ]  # fmt: skip
+        # What keeps variables from all but the firmware also makes writing them slow.
+        return options + ["-global", "driver=cfi.pflash01,property=secure,value=on"] * secure
 
     def ask_dhcp(self, arch: int, *options: str) -> dict[str, str]:
         """Be a PXE client of a kind, on the foreign server; return what it was told.

@@ -65,7 +65,7 @@ known_hosts = "{directory}/files/known_hosts"
 [workflow]
 boot_timeout_ms = {boot_ms}
 reboot_pause_ms = 0
-gather_ms = 120000
+gather_ms = 240000
 """
 BOOT_MS = 300_000
 """Two cores for all machines, none of them with KVM."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from kadeploy.orders import Order, to_json
 
+_PROGRAM = ("unshare", "--mount", sys.executable, "-m", "kadeploy.node")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -55,8 +56,13 @@ class Node:
             "KADEPLOY_ROOT": str(directory / "root"),
         }
 
+    def start(self, verb: str) -> subprocess.Popen[bytes]:
+        """Start the program with pipes."""
+        words = [*_PROGRAM, verb]
+        return subprocess.Popen(words, stdin=-1, stdout=-1, env=self._environment)
+
     def ask(self, verb: str, stdin: bytes = b"") -> dict[str, Any]:
-        words = [sys.executable, "-m", "kadeploy.node", verb]
+        words = [*_PROGRAM, verb]
         done = subprocess.run(words, input=stdin, capture_output=True, env=self._environment)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         answer: dict[str, Any] = json.loads(done.stdout)
