@@ -30,7 +30,10 @@ def addresses(count: int) -> list[str]:
 class Sshd:
     """A running sshd with its keys; a context manager."""
 
-    def __init__(self, directory: Path, *, login_count_max: int = 1000, extra: str = "") -> None:
+    def __init__(
+        self, directory: Path, *, login_count_max: int = 1000, extra: str = "", path: str = ""
+    ) -> None:
+        """*path*: directories that commands are looked for first, as in PATH."""
         program = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
         if program is None:
             raise KaError(Code.UNREACHABLE, "sshd is not installed (openssh-server)")
@@ -44,6 +47,7 @@ class Sshd:
         self.log = directory / "sshd.log"
         self._login_count_max = login_count_max
         self._extra = extra
+        self._path = path
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Sshd:
@@ -86,11 +90,12 @@ class Sshd:
     def _server_config(self) -> str:
         # SHLVL: a bash that sshd starts reads the account's ~/.bashrc unless it seems to be
         # nested.  Whatever that file costs, or does, is not what is looked at here.
+        search = f" PATH={self._path}:/usr/bin:/bin" if self._path else ""
         return (
             f"Port {self.port}\nListenAddress 0.0.0.0\nHostKey {self.host_key}\nPidFile none\n"
             f"AuthorizedKeysFile {self.directory / 'authorized'}\nStrictModes no\nUsePAM no\n"
-            f"PasswordAuthentication no\nPermitRootLogin yes\nLogLevel ERROR\nSetEnv SHLVL=1\n"
-            f"MaxStartups {self._login_count_max}\n{self._extra}\n"
+            f"PasswordAuthentication no\nPermitRootLogin yes\nLogLevel ERROR\n"
+            f"SetEnv SHLVL=1{search}\nMaxStartups {self._login_count_max}\n{self._extra}\n"
         )
 
     def _wait(self) -> None:

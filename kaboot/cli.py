@@ -14,8 +14,7 @@ from typing import NoReturn
 
 import click
 
-from common import log, nodeset
-from common.errors import KaError
+from common import cli, log, nodeset
 from kaboot import check as checks
 from kaboot import dhcp, scripts, server, stage, views
 from kaboot import inventory as inventory_file
@@ -59,27 +58,7 @@ def kaboot(context: click.Context, config: str, log_level: str) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
-    try:
-        kaboot(standalone_mode=False, prog_name="kaboot")
-    except KaError as error:
-        click.echo(f"kaboot: {error}", err=True)
-        sys.exit(error.code.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        click.echo(f"kaboot: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("kaboot: interrupted", err=True)
-        sys.exit(130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"kaboot: {error.format_message()}", err=True)
-        sys.exit(2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    sys.exit(0)
+    cli.run(kaboot, "kaboot")
 
 
 @kaboot.command("serve", epilog="Example: kaboot -c /etc/kaboot/kaboot.toml serve")

@@ -1,11 +1,8 @@
 """What kaboot remembers: steps of nodes, machines seen, names learned, and every boot stage.
 
-One SQLite file, mode 0600, shared by the server and the commands, with a write-ahead log.  What a
-call returned from is there after a kill; steps and names after a loss of power too.  Events are not
-synced one by one: a room that boots makes thousands, and dnsmasq waits for nobody.  Times are
-arguments.
-
-A write that fails raises KaError EIO, and nothing of it is there.
+One SQLite file (common/database.py), shared by the server and the commands.  What a call returned
+from is there after a kill; steps and names after a loss of power too.  Events are not synced one by
+one: a room that boots makes thousands, and dnsmasq waits for nobody.  Times are arguments.
 
 Invariants
   * a change of a step and the event that tells of it are one transaction;
@@ -17,26 +14,22 @@ Blocking: callers in trio go through a thread, one at a time.  Not here: what a 
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import Code, KaError
+from common.database import Database
 from kaboot.model import Assignment, Machine, Step
 
 __all__ = ["Event", "MachineRow", "Store"]
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 10.0
 EVENTS_MAX = 500_000
 EVENTS_SLACK = 1000
 """Old events are dropped this many at a time."""
 MACHINES_MAX = 20_000
 
-_SCHEMA = """
+_UPGRADES = (
+    """
 CREATE TABLE assignment (
     node TEXT PRIMARY KEY, step TEXT NOT NULL, profile TEXT NOT NULL, since_ns INTEGER NOT NULL
 ) STRICT;
@@ -55,7 +48,8 @@ CREATE TABLE event (
 ) STRICT;
 CREATE INDEX event_node ON event (node, id);
 CREATE TABLE learning (position INTEGER PRIMARY KEY, node TEXT NOT NULL UNIQUE) STRICT;
-"""
+""",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +79,14 @@ class MachineRow:
 class Store:
     """The open file.  Close it; a context manager does."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self.path = path
-        self._db = connection
+    def __init__(self, database: Database) -> None:
+        self.path = database.path
+        self._db = database
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open the file, made if it is not there; raises KaError."""
-        try:
-            # Made by us first, so that it is private from its first byte on.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            connection = sqlite3.connect(
-                path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
-        except (OSError, sqlite3.Error) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise KaError(Code.USAGE, f"{path}: cannot open: {reason}") from None
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = NORMAL")
-            _ensure_schema(path, connection)
-        except sqlite3.Error as error:
-            connection.close()
-            raise KaError(Code.USAGE, f"{path}: not a store of kaboot: {error}") from None
-        except BaseException:
-            connection.close()
-            raise
-        return cls(path, connection)
+        return cls(Database.open(path, "kaboot", _UPGRADES))
 
     def close(self) -> None:
         self._db.close()
@@ -122,10 +97,9 @@ class Store:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def version(self) -> int:
+    def data_version(self) -> int:
         """Return a number that changes when another process has written."""
-        (number,) = self._db.execute("PRAGMA data_version").fetchone()
-        return int(number)
+        return self._db.data_version()
 
     # ------------------------------------------------------------ steps
 
@@ -146,7 +120,7 @@ class Store:
         self, nodes: Sequence[str], assignment: Assignment, now_ns: int, *, why: str
     ) -> None:
         """Set the step of nodes, all of them or none."""
-        with self._transaction(durable=True):
+        with self._db.transaction():
             for node in nodes:
                 self._assign(node, assignment, now_ns, why)
 
@@ -157,7 +131,7 @@ class Store:
 
         `before` is also what a node without an assignment has by the inventory.
         """
-        with self._transaction(durable=True):
+        with self._db.transaction():
             if (self.assignment(node) or before) != before:
                 return False
             self._assign(node, assignment, now_ns, why)
@@ -174,7 +148,7 @@ class Store:
 
     def saw(self, machine: Machine, node: str, stage: str, detail: str, now_ns: int) -> None:
         """Record a stage of a machine's boot; facts that are empty leave the old ones."""
-        with self._transaction():
+        with self._db.transaction(durable=False):
             self._event(now_ns, machine.mac, node, stage, detail)
             if not self._is_known(machine.mac) and self._count_machines() >= MACHINES_MAX:
                 return
@@ -245,7 +219,7 @@ class Store:
 
     def learn(self, mac: str, node: str, now_ns: int, *, why: str) -> bool:
         """Give a machine that was seen its name, unless it or the name is taken meanwhile."""
-        with self._transaction(durable=True):
+        with self._db.transaction():
             taken = self._db.execute("SELECT 1 FROM machine WHERE node = ?", (node,)).fetchone()
             if taken:
                 return False
@@ -262,7 +236,7 @@ class Store:
     def forget(self, names: Sequence[str]) -> list[str]:
         """Undo learning, by node or MAC, and forget the machine; return the MACs forgotten."""
         forgotten: list[str] = []
-        with self._transaction(durable=True):
+        with self._db.transaction():
             for name in names:
                 rows = self._db.execute(
                     "DELETE FROM machine WHERE node = ? OR mac = ? RETURNING mac", (name, name)
@@ -276,36 +250,6 @@ class Store:
 
     def set_queue(self, names: Sequence[str]) -> None:
         """Replace the names that are given out; none ends the learning."""
-        with self._transaction():
+        with self._db.transaction(durable=False):
             self._db.execute("DELETE FROM learning")
             self._db.executemany("INSERT INTO learning VALUES (?, ?)", list(enumerate(names)))
-
-    @contextlib.contextmanager
-    def _transaction(self, *, durable: bool = False) -> Iterator[None]:
-        """Write, all or nothing; durable: on stable storage at the end of the block."""
-        try:
-            self._db.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-            self._db.execute("BEGIN IMMEDIATE")
-            yield
-            self._db.execute("COMMIT")
-        except BaseException as error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise KaError(Code.EIO, f"{self.path}: cannot write: {error}") from None
-            raise
-
-
-def _ensure_schema(path: Path, connection: sqlite3.Connection) -> None:
-    """Make the tables of a new file; refuse one of another version."""
-    connection.execute("BEGIN IMMEDIATE")
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
-        for statement in _SCHEMA.split(";"):
-            connection.execute(statement)
-        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    connection.execute("COMMIT")
-    if version not in (0, SCHEMA_VERSION):
-        raise KaError(
-            Code.USAGE, f"{path}: format {version}; this kaboot reads {SCHEMA_VERSION} only"
-        )

@@ -8,31 +8,39 @@ are deployed, 1 when some are not.
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 import trio
 
-from common import log, nodeset
+from common import cli, log, nodeset
 from common.errors import Code, KaError
-from kadeploy import descriptions, planview, power_drivers, recording, settings, views
-from kadeploy.deploying import Deployer, Target, plan_for
+from kadeploy import (
+    cli_web,
+    descriptions,
+    planview,
+    power_drivers,
+    recording,
+    running,
+    settings,
+    views,
+)
+from kadeploy.deploying import Target, plan_for
 from kadeploy.disks import facts_from_json
-from kadeploy.head import Head
 from kadeploy.links import SshLink
 from kadeploy.mkenv import Request as EnvironmentRequest
 from kadeploy.mkenv import make_environment
 from kadeploy.plan import NodePlan, make_plan
 from kadeploy.power import PowerAction, first_able
+from kadeploy.running import Request
 from kadeploy.settings import Settings
-from kadeploy.steps import Workflow, default_workflow, with_hooks
 from kadeploy.store import EnvironmentRow, Store
-from kadeploy.workflow import Deployment, NodeState, Status, StepRecord
+from kadeploy.workflow import NodeState, Status, StepRecord
 
 __all__ = ["main"]
 
@@ -67,29 +75,13 @@ def kadeploy(context: click.Context, config: str, log_level: str) -> None:
     context.obj = Path(config)
 
 
+kadeploy.add_command(cli_web.serve)
+kadeploy.add_command(cli_web.token)
+
+
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
-    code = 0
-    try:
-        # Without standalone mode click returns the code of an Exit instead of raising it.
-        code = kadeploy(standalone_mode=False, prog_name="kadeploy") or 0
-    except KaError as error:
-        click.echo(f"kadeploy: {error}", err=True)
-        sys.exit(error.code.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        click.echo(f"kadeploy: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("kadeploy: interrupted", err=True)
-        sys.exit(130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"kadeploy: {error.format_message()}", err=True)
-        sys.exit(2)
-    sys.exit(code)
+    cli.run(kadeploy, "kadeploy")
 
 
 def _now_ms() -> int:
@@ -166,12 +158,6 @@ def env_show(config: Path, name: str, version: int | None) -> None:
 # ---------------------------------------------------------------- plan
 
 
-def _target(found: Settings, row: EnvironmentRow, token: str) -> Target:
-    path = Path(row.path)
-    environment = descriptions.parse_environment(row.text, path)
-    return Target(environment, path.parent, descriptions.read_nodes(found.nodes), token)
-
-
 @kadeploy.command("plan", epilog="Example: kadeploy plan -w pc[1-8] debian12")
 @_nodes
 @click.argument("environment")
@@ -203,7 +189,7 @@ def plan(
     else:
         with Store.open(found.store) as store:
             row = store.environment(environment, version)
-    target = _target(found, row, "as planned")
+    target = running.target_of(found, row, "as planned")
     content = None if facts is None else descriptions.read_facts(facts)
     plans, faults = trio.run(_plans, target, found, nodeset.expand(nodes), content)
     said = [planview.to_dict(one) for one in plans]
@@ -274,26 +260,27 @@ def run(
     A run that was killed goes on with --resume.
     """
     found = settings.load(config)
+
+    def tell(_: Sequence[NodeState], records: Sequence[StepRecord]) -> None:
+        for one in records:
+            click.echo(views.record_line(one), err=True)
+
     with Store.open(found.store) as store:
+        number: int | None
         if resume:
             number = store.deployment().id
+        elif nodes is None or environment is None:
+            raise KaError(Code.USAGE, "run needs -w NODES and ENVIRONMENT, or --resume")
         else:
-            if nodes is None or environment is None:
-                raise KaError(Code.USAGE, "run needs -w NODES and ENVIRONMENT, or --resume")
-            row = store.environment(environment, version)
             names = nodeset.expand(nodes)
-            if missing:
-                names = [one for one in names if store.has(one) != (row.name, row.version)]
-            if not names:
-                click.echo("all nodes have it")
-                return
-            target = _target(found, row, "")
-            target.stored_sizes()
-            Deployer(target, found, names)  # refuses what it cannot do, before anything is begun
-            _workflow(found, target, breakpoints).validate()
-            number = store.begin(row, {"breakpoints": list(breakpoints)}, names, _now_ms())
-        with store.claim(number):
-            states = trio.run(_run, store, found, number, as_json)
+            request = Request(environment, names, version, missing, breakpoints)
+            number = running.begin(store, found, request, _now_ms())
+        if number is None:
+            click.echo("all nodes have it")
+            return
+        on_change = None if as_json else tell
+        work = partial(running.carry_out, store, found, number, release=True, on_change=on_change)
+        states = trio.run(work)
     _print(
         {"deployment": number, "nodes": views.node_dicts(states)},
         views.verdict_lines(number, states),
@@ -303,32 +290,17 @@ def run(
         raise click.exceptions.Exit(1)
 
 
-def _workflow(found: Settings, target: Target, breakpoints: Sequence[str]) -> Workflow:
-    count = len(list(target.environment.images()))
-    powered = any(node.power for node in target.nodes.nodes)
-    options = replace(found.workflow, image_count=count, powered=powered)
-    workflow = with_hooks(default_workflow(options), found.hook)
-    return replace(workflow, breakpoints=tuple(breakpoints))
-
-
-async def _run(store: Store, found: Settings, number: int, quiet: bool) -> list[NodeState]:
-    row = store.deployment(number)
-    environment = store.environment(row.environment, row.version)
-    target = _target(found, environment, f"{row.environment} {row.version} deployment {number}")
-    states = store.nodes(number)
-    held = [node.name for node in states if node.status is Status.HELD]
-    workflow = _workflow(found, target, row.request.get("breakpoints", ()))
-    deployment = Deployment(workflow, states)
-    deployer = Deployer(target, found, [node.name for node in states])
-
-    def tell(_: Sequence[NodeState], records: Sequence[StepRecord]) -> None:
-        for one in records:
-            click.echo(views.record_line(one), err=True)
-
-    on_change = None if quiet else tell
-    head = Head(store, number, deployment, deployer, release=held, on_change=on_change)
-    await head.run()
-    return store.nodes(number)
+@kadeploy.command("cancel", epilog="Example: kadeploy cancel 12 -w pc[3-4]")
+@click.argument("number", type=int, required=False)
+@click.option("-w", "nodes", metavar="NODES", help="These nodes only.  [default: all]")
+@click.pass_obj
+def cancel(config: Path, number: int | None, nodes: str | None) -> None:
+    """Give up nodes of a deployment; of the last one if no NUMBER is given."""
+    with Store.open(settings.load(config).store) as store:
+        row = store.deployment(number)
+        names = nodeset.expand(nodes) if nodes else [node.name for node in store.nodes(row.id)]
+        running.cancel(store, row.id, names, "cancelled", _now_ms())
+    click.echo(f"deployment {row.id}: {nodeset.fold(names)} given up")
 
 
 # ---------------------------------------------------------------- what was and is

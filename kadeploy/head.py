@@ -10,6 +10,9 @@ Concurrency
 The commit is made in the loop itself, without a thread: nothing may happen before it has.
 
 A head that is killed is started again on the same store: running steps begin again.
+
+Operators' cancels come through the store, so that any process can ask for one: looked for once in
+`LOOK_S`.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from kadeploy.workflow import Action, Cancel, Deployment, NodeState, Run, StepRe
 
 __all__ = ["Head", "Report", "Steps"]
 
+LOOK_S = 1.0
 _logger = log.get("kadeploy.head")
 
 Report = Callable[[str, str], None]
@@ -87,7 +91,7 @@ class Head:
         """Go on until every node has a verdict or is held."""
         offset_ms = time.time_ns() // 1_000_000 - _now_ms()
         async with trio.open_nursery() as nursery:
-            actions = self._deployment.release(self._release, _now_ms())
+            actions = self._cancelled() + self._deployment.release(self._release, _now_ms())
             while True:
                 self._save(offset_ms)
                 for action in actions:
@@ -115,8 +119,8 @@ class Head:
     async def _next_actions(self) -> list[Action]:
         now_ms = _now_ms()
         next_ms = self._deployment.next_tick_ms(now_ms)
-        wait_s = float("inf") if next_ms is None else (next_ms - now_ms) / 1000
-        with trio.move_on_after(wait_s):
+        wait_s = LOOK_S if next_ms is None else (next_ms - now_ms) / 1000
+        with trio.move_on_after(min(wait_s, LOOK_S)):
             await self._wake.wait()
         self._wake = trio.Event()
         results, self._results = self._results, []
@@ -129,7 +133,15 @@ class Head:
             actions += self._deployment.finished(
                 one.node, one.ticket, now_ms, ok=not one.fault, reason=one.fault, final=one.final
             )
-        return actions + self._deployment.tick(now_ms)
+        return actions + self._cancelled() + self._deployment.tick(now_ms)
+
+    def _cancelled(self) -> list[Action]:
+        actions: list[Action] = []
+        for node, reason in self._store.cancels(self._number).items():
+            if self._deployment.nodes[node].ended:
+                continue
+            actions += self._deployment.give_up([node], _now_ms(), reason)
+        return actions
 
     def _carry_out(self, action: Action, nursery: trio.Nursery) -> None:
         if isinstance(action, Cancel):

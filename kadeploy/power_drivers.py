@@ -130,21 +130,27 @@ def _ipmi(spec: PowerSpec, action: PowerAction) -> str:
     from pyghmi.exceptions import PyghmiException  # a second to load, for those who need it
     from pyghmi.ipmi.command import Command
 
+    session = None
     try:
+        # Bytes, and out again at the end: pyghmi 1.6 finds a session of its own only by the very
+        # values it was given, which it keeps as bytes.  By text it does not find it, and hands the
+        # next call one that waits for ever for a log-on that is long over.
         session = Command(
             bmc=spec.address,
-            userid=spec.user,
-            password=_password(spec),
+            userid=spec.user.encode(),
+            password=_password(spec).encode(),
             port=spec.port or IPMI_PORT,
             keepalive=False,
         )
-        # pyghmi keeps a session for each BMC and uses it again; one that was logged out breaks it.
         if action is PowerAction.STATUS:
             return str(session.get_power()["powerstate"])
         said = session.set_power(_IPMI[action], wait=False)
         return str(said.get("pendingpowerstate", said.get("powerstate", "")))
     except (PyghmiException, OSError, KeyError) as error:
         raise KaError(Code.UNREACHABLE, f"ipmi {spec.address}: {error}") from None
+    finally:
+        if session is not None:
+            session.ipmi_session.logout()
 
 
 def _redfish(spec: PowerSpec, action: PowerAction) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from common.errors import Code, KaError
 
@@ -105,6 +106,19 @@ class Workflow:
             for how, implementation in enumerate(macro.implementations):
                 for index, step in enumerate(implementation.steps):
                     yield at, how, index, step
+
+    def outline(self) -> list[dict[str, Any]]:
+        """Return the names of everything, as plain values: what a node's indexes mean."""
+        return [
+            {
+                "macro": macro.macro.value,
+                "ways": [
+                    {"way": one.name, "steps": [step.name for step in one.steps]}
+                    for one in macro.implementations
+                ],
+            }
+            for macro in self.macros
+        ]
 
     def validate(self) -> None:
         """Check what the automaton relies on; raises USAGE."""

@@ -1,12 +1,11 @@
 """What kadeploy remembers: environments, deployments, where every node is, what every step took.
 
-One SQLite file, mode 0600 (descriptions may hold what not everybody should read), written with
-`synchronous=FULL`: what `save` has returned from survives kill -9 and a power cut.  The only
-importer of sqlite3.
+One SQLite file (common/database.py), private because descriptions may hold what not everybody
+should read.  What `save` has returned from survives kill -9 and a power cut.
 
 Invariants
   * an environment's name and version mean one text for ever: another text is refused;
-  * one head at a time carries out a deployment (`claim`, an flock that ends with the process).
+  * one head at a time carries out a deployment (`claim`, a lock that ends with the process).
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ import fcntl
 import hashlib
 import json
 import os
-import sqlite3
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from common.database import Database
 from common.errors import Code, KaError
 from kadeploy.workflow import NodeState, Status, StepRecord
 
-__all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "Store"]
+__all__ = ["DeploymentRow", "EnvironmentRow", "HistoryRow", "LastRow", "Store"]
 
-SCHEMA_VERSION = 1
-BUSY_TIMEOUT_S = 10.0
-_SCHEMA = """
+_UPGRADES = (
+    """
 CREATE TABLE environments (
     name TEXT NOT NULL, version INTEGER NOT NULL, path TEXT NOT NULL, text TEXT NOT NULL,
     digest TEXT NOT NULL, added_ms INTEGER NOT NULL, PRIMARY KEY (name, version)
@@ -49,7 +48,16 @@ CREATE TABLE steps (
     ok INTEGER NOT NULL, reason TEXT NOT NULL
 ) STRICT;
 CREATE INDEX steps_by_node ON steps (deployment, node);
-"""
+""",
+    """
+CREATE TABLE cancels (
+    deployment INTEGER NOT NULL REFERENCES deployments (id), node TEXT NOT NULL,
+    reason TEXT NOT NULL, PRIMARY KEY (deployment, node)
+) STRICT;
+""",
+)
+_FLOCK = "hhqqi"
+"""C's struct flock: type, whence, start, length, process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,54 +96,28 @@ class HistoryRow:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class LastRow:
+    """What a node was in last."""
+
+    deployment: int
+    environment: str
+    version: int
+    status: Status
+
+
 class Store:
     """Open with `Store.open`; a context manager.  Blocking; one thread at a time."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
-        self._path = path
-        self._db = connection
+    def __init__(self, database: Database) -> None:
+        self._db = database
 
     @classmethod
     def open(cls, path: Path) -> Store:
         """Open or make the store; raises USAGE with what to do."""
-        try:
+        with contextlib.suppress(OSError):  # opening the file says what is wrong
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            if path.stat().st_mode & 0o077:
-                raise KaError(Code.USAGE, f"{path}: others may read it: chmod 600 {path}")
-            db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
-            db.execute("PRAGMA journal_mode=WAL")
-            db.execute("PRAGMA synchronous=FULL")
-            db.execute("PRAGMA foreign_keys=ON")
-            store = cls(path, db)
-            store._make()
-        except OSError as error:
-            raise KaError(Code.USAGE, f"{path}: {error.strerror}") from None
-        except sqlite3.DatabaseError as error:
-            raise KaError(Code.USAGE, f"{path}: not a store of kadeploy: {error}") from None
-        return store
-
-    def _make(self) -> None:
-        with self._writing():
-            (version,) = self._db.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    self._db.execute(statement)
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-            elif version != SCHEMA_VERSION:
-                raise KaError(
-                    Code.USAGE, f"{self._path}: made by another version of kadeploy ({version})"
-                )
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        self._db.execute("COMMIT")
+        return cls(Database.open(path, "kadeploy", _UPGRADES))
 
     def close(self) -> None:
         self._db.close()
@@ -153,7 +135,7 @@ class Store:
     ) -> EnvironmentRow:
         """Record a description; raises USAGE when the version is there with another text."""
         digest = hashlib.sha256(text.encode()).hexdigest()
-        with self._writing():
+        with self._db.transaction():
             for row in self.environments(name):
                 if row.version == version and row.digest != digest:
                     raise KaError(
@@ -194,7 +176,7 @@ class Store:
         now_ms: int,
     ) -> int:
         """Record a deployment with all its nodes at the start; return its number."""
-        with self._writing():
+        with self._db.transaction():
             number = self._db.execute(
                 "INSERT INTO deployments (environment, version, request, started_ms)"
                 " VALUES (?, ?, ?, ?)",
@@ -213,7 +195,7 @@ class Store:
         clock_offset_ms: int = 0,
     ) -> None:
         """Store what changed.  *clock_offset_ms*: from the records' clock to the calendar's."""
-        with self._writing():
+        with self._db.transaction():
             self._put_nodes(deployment, nodes, now_ms)
             self._db.executemany(
                 "INSERT INTO steps VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -235,8 +217,10 @@ class Store:
             )
 
     def _put_nodes(self, deployment: int, nodes: Iterable[NodeState], now_ms: int) -> None:
+        # An update in place: the nodes keep their order.
         self._db.executemany(
-            "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?)",
+            "INSERT INTO nodes VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE"
+            " SET state = excluded.state, changed_ms = excluded.changed_ms",
             (
                 (deployment, node.name, json.dumps(asdict(node), default=_plain), now_ms)
                 for node in nodes
@@ -244,14 +228,20 @@ class Store:
         )
 
     def end(self, deployment: int, now_ms: int) -> None:
-        with self._writing():
+        with self._db.transaction():
             self._db.execute(
                 "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
             )
 
-    def deployments(self, count: int = 1000) -> list[DeploymentRow]:
-        """Return the last ones, oldest first."""
-        rows = self._db.execute("SELECT * FROM deployments ORDER BY id DESC LIMIT ?", (count,))
+    def deployments(
+        self, count: int = 1000, *, number: int | None = None, open_only: bool = False
+    ) -> list[DeploymentRow]:
+        """Return the last ones, oldest first; only that *number*, only those not ended."""
+        rows = self._db.execute(
+            "SELECT * FROM deployments WHERE (?1 IS NULL OR id = ?1)"
+            " AND (NOT ?2 OR ended_ms IS NULL) ORDER BY id DESC LIMIT ?3",
+            (number, open_only, count),
+        )
         made = [
             DeploymentRow(number, name, version, json.loads(request), started_ms, ended_ms)
             for number, name, version, request, started_ms, ended_ms in rows
@@ -260,10 +250,10 @@ class Store:
 
     def deployment(self, number: int | None = None) -> DeploymentRow:
         """Return one, the last if no number is given; raises USAGE."""
-        found = [row for row in self.deployments() if number in (None, row.id)]
+        found = self.deployments(1, number=number)
         if not found:
             raise KaError(Code.USAGE, "no such deployment: see `kadeploy history`")
-        return found[-1]
+        return found[0]
 
     def nodes(self, deployment: int) -> list[NodeState]:
         rows = self._db.execute(
@@ -282,6 +272,36 @@ class Store:
         made = (HistoryRow(*row) for row in rows)
         return [replace(row, ok=bool(row.ok)) for row in made]
 
+    def last(self) -> dict[str, LastRow]:
+        """Return for each node the deployment it was in last."""
+        rows = self._db.execute(
+            "SELECT name, max(id), environment, version, json_extract(state, '$.status')"
+            " FROM nodes JOIN deployments ON id = deployment GROUP BY name"
+        )
+        return {
+            name: LastRow(number, environment, version, Status(status))
+            for name, number, environment, version, status in rows
+        }
+
+    def data_version(self) -> int:
+        """Return a number that changes when another connection has written."""
+        return self._db.data_version()
+
+    # ------------------------------------------------------------ wishes of operators
+
+    def ask_cancel(self, deployment: int, nodes: Iterable[str], reason: str) -> None:
+        """Record that nodes are to be given up; the deployment's head looks once a second."""
+        with self._db.transaction():
+            self._db.executemany(
+                "INSERT OR IGNORE INTO cancels VALUES (?, ?, ?)",
+                ((deployment, node, reason) for node in nodes),
+            )
+
+    def cancels(self, deployment: int) -> dict[str, str]:
+        """Return the nodes to be given up, and why."""
+        query = "SELECT node, reason FROM cancels WHERE deployment = ?"
+        return dict(self._db.execute(query, (deployment,)).fetchall())
+
     def has(self, node: str) -> tuple[str, int] | None:
         """Return environment and version that a node was last deployed with; None if it failed."""
         row = self._db.execute(
@@ -296,17 +316,42 @@ class Store:
     @contextlib.contextmanager
     def claim(self, deployment: int) -> Iterator[None]:
         """Be the only head of a deployment meanwhile; raises BUSY when another is."""
-        path = self._path.with_name(f"{self._path.name}.{deployment}.lock")
-        with open(path, "w") as file:
+        with self._lock_file() as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file, fcntl.F_OFD_SETLK, deployment)
             except BlockingIOError:
                 message = f"deployment {deployment} is being carried out by another process"
                 raise KaError(Code.BUSY, message) from None
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
+            yield
+
+    def require_free(self, names: Iterable[str], but: int = 0) -> None:
+        """Raise BUSY if a head, of another deployment than *but*, has one of these nodes."""
+        wanted = set(names)
+        for row in self.deployments(open_only=True):
+            if row.id == but or not self.claimed(row.id):
+                continue
+            for node in self.nodes(row.id):
+                if node.name in wanted and not node.ended:
+                    raise KaError(Code.BUSY, f"{node.name} is being deployed by {row.id}")
+
+    def claimed(self, deployment: int) -> bool:
+        """Whether a head carries it out."""
+        with self._lock_file() as file:
+            return _lock(file, fcntl.F_OFD_GETLK, deployment) != fcntl.F_UNLCK
+
+    def _lock_file(self) -> BinaryIO:
+        path = self._db.path.with_name(f"{self._db.path.name}.lock")
+        return open(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "rb+")
+
+
+def _lock(file: BinaryIO, command: int, deployment: int) -> int:
+    """Do something with the lock of a deployment, a byte of the file; return who has it.
+
+    The lock belongs to the open file, so it holds against the same process too.
+    """
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, deployment, 1, 0)
+    kind: int = struct.unpack(_FLOCK, fcntl.fcntl(file, command, asked))[0]
+    return kind
 
 
 def _plain(value: object) -> str:

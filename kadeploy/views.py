@@ -11,11 +11,40 @@ from common import nodeset
 from kadeploy.store import DeploymentRow, HistoryRow
 from kadeploy.workflow import NodeState, Status, StepRecord
 
-__all__ = ["deployment_line", "node_dicts", "record_line", "try_line", "verdict_lines"]
+__all__ = [
+    "deployment_line",
+    "node_dicts",
+    "place",
+    "record_line",
+    "try_line",
+    "verdict_lines",
+]
 
 
 def node_dicts(states: Sequence[NodeState]) -> list[dict[str, Any]]:
     return [{**asdict(node), "status": node.status.value} for node in states]
+
+
+def place(outline: Sequence[dict[str, Any]], node: NodeState) -> dict[str, Any]:
+    """Return a node with the names of where it is, and which part of the way lies behind it."""
+    macro, way, step, done = "", "", "", 0.0
+    if outline:
+        found = outline[node.macro]
+        steps = found["ways"][node.implementation]["steps"]
+        macro, way = found["macro"], found["ways"][node.implementation]["way"]
+        step = steps[node.step]
+        done = (node.macro + node.step / len(steps)) / len(outline)
+    if node.status is Status.DEPLOYED:
+        done = 1.0
+    return {
+        "name": node.name,
+        "status": node.status.value,
+        "macro": macro,
+        "way": way,
+        "step": step,
+        "reason": node.reason,
+        "progress": round(done, 3),
+    }
 
 
 def verdict_lines(number: int, states: Sequence[NodeState]) -> Iterator[str]:

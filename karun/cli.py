@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from common import nodeset
+from common import cli, nodeset
 from common.broadcast.planner import make_plan
 from common.broadcast.topology import Kind
 from common.config import parse_size
@@ -45,23 +45,7 @@ for command in (reboot, shell, top):
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
-    try:
-        karun(standalone_mode=False, prog_name="karun")
-    except KaError as error:
-        click.echo(f"karun: {error}", err=True)
-        sys.exit(error.code.exit_code)
-    except click.exceptions.Abort:
-        click.echo("karun: interrupted", err=True)
-        sys.exit(130)
-    except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
-        sys.exit(2)
-    except click.ClickException as error:
-        click.echo(f"karun: {error.format_message()}", err=True)
-        sys.exit(2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    sys.exit(0)
+    cli.run(karun, "karun")
 
 
 @karun.command(

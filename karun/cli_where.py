@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from karun.connectors import TREES, VIAS
+from karun.connectors import TREES, VIAS, WINDOWS
 from karun.running import Where
 
 __all__ = ["split", "where_options"]
@@ -24,7 +24,7 @@ def where_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("-a", "everyone", is_flag=True, help="All nodes that the groups know."),
         click.option("--hostfile", "hostfiles", multiple=True, metavar="FILE",
                      help="Nodes from a file."),
-        click.option("--via", type=click.Choice(VIAS), default="ssh", show_default=True,
+        click.option("--via", type=click.Choice((*VIAS, WINDOWS)), default="ssh", show_default=True,
                      help="Connector."),
         click.option("--ssh-config", metavar="FILE", help="For ssh, instead of the user's own."),
         click.option("--no-fast-ssh", is_flag=True, help="Leave the order of key exchanges alone."),

@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from common.errors import Code, KaError
 from karun.agent.setup import ALWAYS, AUTO, NEVER
 
-__all__ = ["TREES", "VIAS", "Connector", "local", "make", "netns", "paramiko", "rsh", "ssh"]
+__all__ = [
+    "TREES", "VIAS", "WINDOWS", "Connector", "local", "make", "netns", "paramiko", "rsh", "ssh",
+]  # fmt: skip
 
 _PYTHON = "/usr/bin/python3"
 """Tried first: on a PATH the first python3 is often a shim, a shell script that costs more than
 the whole agent.  Where it is missing or too old, the names on the PATH are tried."""
 TREES = (AUTO, ALWAYS, NEVER)
 VIAS = ("ssh", "paramiko", "rsh", "local", "netns")
+WINDOWS = "windows"
+"""Ssh to Windows nodes, where no agent runs: not a connector (karun/windows_nodes.py)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,12 @@ import trio
 from common.config import format_size
 from karun import api, nodes
 from karun.api import Copied, CopyOptions, Step
+from karun.connectors import WINDOWS
 from karun.copied import exit_code, report
 from karun.lines import STDERR, STDOUT
 from karun.options import TERMINAL
 from karun.running import EXIT_INTERRUPTED, Where
+from karun.windows_nodes import WindowsNodes
 
 __all__ = ["Form", "copy", "gather"]
 
@@ -50,27 +52,31 @@ def copy(
         lines = data.splitlines(keepends=True)
         TERMINAL.write(STDERR, b"".join(label + line for line in lines))
 
-    async def act(run: api.Run, on_progress: OnStep) -> list[Copied]:
+    run = where.windows(names) if where.via == WINDOWS else where.run(names)
+
+    async def act(on_progress: OnStep) -> list[Copied]:
         return await run.copy(
             sources, destination, options=options, on_progress=on_progress, on_output=print_output
         )
 
-    return trio.run(_act, where.run(names), act, folding, form)
+    return trio.run(_act, run, act, folding, form)
 
 
 def gather(where: Where, source: str, directory: str, form: Form) -> int:
     """Gather; return the exit code.  Raises KaError for what is wrong with the directory."""
     names = where.names()
 
-    async def act(run: api.Run, on_progress: OnStep) -> list[Copied]:
+    run = where.run(names)
+
+    async def act(on_progress: OnStep) -> list[Copied]:
         return await run.gather(source, directory, on_progress=on_progress)
 
-    return trio.run(_act, where.run(names), act, nodes.Names(names), form)
+    return trio.run(_act, run, act, nodes.Names(names), form)
 
 
 async def _act(
-    run: api.Run,
-    act: Callable[[api.Run, OnStep], Awaitable[list[Copied]]],
+    run: api.Run | WindowsNodes,
+    act: Callable[[OnStep], Awaitable[list[Copied]]],
     names: nodes.Names,
     form: Form,
 ) -> int:
@@ -80,7 +86,7 @@ async def _act(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
             async with run:
-                results = await act(run, meter.told)
+                results = await act(meter.told)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise api.alone(group) from None

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import trio
 
+from common.errors import Code, KaError
 from karun import api, nodes
-from karun.connectors import Connector
+from karun.connectors import WINDOWS, Connector
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
@@ -24,6 +25,8 @@ from karun.mpi import Program, unit_names
 from karun.options import TERMINAL, Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
+from karun.ssh_options import fast_key_exchange
+from karun.windows_nodes import WindowsNodes
 
 __all__ = ["Where", "main"]
 
@@ -62,7 +65,9 @@ class Where:
         )
 
     def connector(self, names: list[str]) -> Connector:
-        """Return how these nodes are called."""
+        """Return how these nodes are called; raises KaError USAGE."""
+        if self.via == WINDOWS:
+            raise KaError(Code.USAGE, "Windows nodes take `karun run` and `karun copy` only")
         return api.connector(
             self.via,
             user=self.user,
@@ -77,14 +82,26 @@ class Where:
         limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
         return api.Run(names, self.connector(names), limits=limits)
 
+    def windows(self, names: list[str]) -> WindowsNodes:
+        """Return these nodes as what they are with `--via windows`."""
+        return WindowsNodes(
+            names, user=self.user, ssh_config=self.ssh_config, connect_s=self.connect_s,
+            options=() if self.no_fast_ssh else fast_key_exchange(self.ssh_config, names[0]),
+            window=self.fanout,
+        )  # fmt: skip
+
 
 def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
+    on_windows = where.via == WINDOWS
+    if on_windows and (options.mpi or options.sudo):
+        raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
+    run = where.windows(names) if on_windows else where.run(names)
     with printing(options, nodes.Names(units)) as printer:
         try:
-            return trio.run(_run, where.run(names), options, printer, nodes.Names(units))
+            return trio.run(_run, run, options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
             raise api.alone(group) from None
 
@@ -107,7 +124,9 @@ class _Prints:
         self._printer.failed(rank, reason, stage)
 
 
-async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Names) -> int:
+async def _run(
+    run: api.Run | WindowsNodes, options: Options, printer: Printer, units: nodes.Names
+) -> int:
     ended, abort_code = False, 0
     progress = Progress(units, printer.results)
     stdin = None if options.no_stdin or sys.stdin.isatty() else _stdin(progress)
@@ -119,7 +138,7 @@ async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Na
                 nursery.start_soon(_enters, progress)
         async with run:
             sink = _Prints(printer, nursery.cancel_scope.cancel)
-            if options.mpi:
+            if options.mpi and isinstance(run, api.Run):
                 _ends, abort_code = await run.mpi(_program(options, stdin), sink=sink)
             else:
                 await _command(run, options, stdin, sink)
@@ -130,7 +149,10 @@ async def _run(run: api.Run, options: Options, printer: Printer, units: nodes.Na
 
 
 async def _command(
-    run: api.Run, options: Options, stdin: AsyncIterator[bytes] | None, sink: api.Sink
+    run: api.Run | WindowsNodes,
+    options: Options,
+    stdin: AsyncIterator[bytes] | None,
+    sink: api.Sink,
 ) -> None:
     argv, line = options.words()
     await run.command(

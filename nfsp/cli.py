@@ -18,7 +18,7 @@ from typing import NoReturn
 import click
 import trio
 
-from common import log
+from common import cli, log
 from common.errors import Code, KaError
 from nfsp import check, mounting, status
 from nfsp import export as nfs
@@ -65,26 +65,7 @@ def nfsp(context: click.Context, config: str, log_level: str) -> None:
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
-    try:
-        nfsp(standalone_mode=False, prog_name="nfsp")
-    except KaError as error:
-        click.echo(f"nfsp: {error}", err=True)
-        sys.exit(error.code.exit_code)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        click.echo(f"nfsp: {where}{error.strerror or error}", err=True)
-        sys.exit(1)
-    except click.exceptions.Abort:
-        click.echo("nfsp: interrupted", err=True)
-        sys.exit(130)
-    except click.ClickException as error:
-        context = error.ctx if isinstance(error, click.UsageError) else None
-        command = context.command_path if context is not None else "nfsp"
-        click.echo(f"nfsp: {error.format_message()} See `{command} --help`.", err=True)
-        sys.exit(2)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
-    sys.exit(0)
+    cli.run(nfsp, "nfsp")
 
 
 # ---------------------------------------------------------------- one host

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from common.errors import KaError
@@ -165,3 +168,52 @@ async def test_held_nodes_wait_in_the_store_until_a_head_releases_them(
         await Head(store, number, deployment, mock, release=names).run()
         assert {node.status for node in store.nodes(number)} == {Status.DEPLOYED}
         assert all(row.ok for row in store.history(number))
+
+
+async def test_nodes_that_are_cancelled_end_while_the_others_go_on(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    mock = MockNodes(STEP_S)
+    with Store.open(tmp_path / "store.db") as store:
+        number = begin(store, 4)
+        head = Head(store, number, Deployment(workflow(STEP_S), store.nodes(number)), mock)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(head.run)
+            await trio.sleep(STEP_S)
+            with Store.open(tmp_path / "store.db") as other:
+                other.ask_cancel(number, ["pc002"], "cancelled")
+        nodes = store.nodes(number)
+        assert [node.name for node in nodes] == ["pc001", "pc002", "pc003", "pc004"]
+        assert [node.reason for node in nodes] == ["", "cancelled", "", ""]
+        last = store.history(number, "pc002")[-1]
+        assert (last.ok, last.reason) == (False, "cancelled")
+        assert {node.status for node in nodes if not node.reason} == {Status.DEPLOYED}
+
+
+def test_a_node_is_in_the_hands_of_one_head_at_a_time(tmp_path: Path) -> None:
+    with Store.open(tmp_path / "store.db") as store:
+        first = begin(store, 2)
+        second = begin(store, 3)
+        store.require_free(["pc001"], second)
+        with store.claim(first):
+            with pytest.raises(KaError, match="pc001 is being deployed by 1"):
+                store.require_free(["pc001", "pc003"], second)
+            store.require_free(["pc003"], second)
+            store.require_free(["pc001"], first)
+        store.require_free(["pc001"], second)
+
+
+def test_a_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    with Store.open(path) as store:
+        number = begin(store, 1)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("DROP TABLE cancels")
+        db.execute("PRAGMA user_version=1")
+    with Store.open(path) as store:
+        store.ask_cancel(number, ["pc001"], "cancelled")
+        assert store.cancels(number) == {"pc001": "cancelled"}
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version=99")
+    with pytest.raises(KaError, match="later version"):
+        Store.open(path)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import http.server
-import json
 import socket
-import threading
 from pathlib import Path
 
 import pytest
@@ -67,47 +64,3 @@ async def test_a_password_that_others_can_read_is_refused(tmp_path: Path) -> Non
     with pytest.raises(KaError, match="chmod 600") as caught:
         await power(spec, "pc1", PowerAction.STATUS)
     assert "secret" not in str(caught.value)
-
-
-class _Redfish(http.server.BaseHTTPRequestHandler):
-    """The two resources that are needed, as the Redfish schema has them."""
-
-    state = "Off"
-    seen: list[str]
-
-    def do_GET(self) -> None:
-        self._answer({"PowerState": type(self).state})
-
-    def do_POST(self) -> None:
-        length = int(self.headers["Content-Length"])
-        kind = json.loads(self.rfile.read(length))["ResetType"]
-        if not self.path.endswith("/Actions/ComputerSystem.Reset"):
-            self.send_error(404)
-            return
-        type(self).state = "Off" if kind in ("ForceOff", "GracefulShutdown") else "On"
-        self._answer({})
-
-    def _answer(self, content: dict[str, str]) -> None:
-        data = json.dumps(content).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-async def test_redfish_switches_and_tells() -> None:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Redfish) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            url = f"http://127.0.0.1:{server.server_port}/redfish/v1/Systems/1"
-            spec = PowerSpec(PowerDriver.REDFISH, url)
-            assert await power(spec, "pc1", PowerAction.STATUS) == "off"
-            await power(spec, "pc1", PowerAction.ON)
-            assert await power(spec, "pc1", PowerAction.STATUS) == "on"
-            wrong = PowerSpec(PowerDriver.REDFISH, f"{url}/Wrong/Actions")
-            await power(wrong, "pc1", PowerAction.OFF)
-        finally:
-            server.shutdown()

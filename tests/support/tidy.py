@@ -51,6 +51,7 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
     "h11": "kaboot/http.py",
+    "hypercorn": "kadeploy/serve.py",
     "jinja2": "kadeploy/postinstall.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
@@ -59,6 +60,8 @@ ONLY_IMPORTER: dict[str, str | None] = {
     "pyfuse3": "nfsp/client/fuse.py",
     "pyghmi": "kadeploy/power_drivers.py",
     "rich": "karun/top_table.py",
+    "sqlite3": "common/database.py",
+    "starlette": "kadeploy/web.py",
     "xxhash": "common/checksum.py",
     "yaml": "kadeploy/descriptions.py",
 }
@@ -114,6 +117,7 @@ PURE: frozenset[str] = frozenset(
         "kadeploy/planview.py",
         "kadeploy/postinstall.py",
         "kadeploy/power.py",
+        "kadeploy/rights.py",
         "kadeploy/steps.py",
         "kadeploy/workflow.py",
         "karun/agent/barrier.py",

@@ -19,8 +19,8 @@ from tests.support import deploy
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
-    "env", "env add", "env check", "env list", "env show", "history", "mkenv", "plan", "power",
-    "record", "run", "status",
+    "cancel", "env", "env add", "env check", "env list", "env show", "history", "mkenv", "plan",
+    "power", "record", "run", "serve", "status", "token", "token add", "token list", "token revoke",
 )  # fmt: skip
 
 
@@ -136,3 +136,36 @@ def test_status_names_every_failure_with_its_reason(site: Path) -> None:
     assert "deployed: pc1" in result.stdout
     assert "failed: pc2: disk is gone" in result.stdout
     assert "1 debian12 3" in call(site, "history").stdout
+
+
+def test_cancel_gives_up_what_no_head_carries_out(site: Path) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    with Store.open(site / "state/kadeploy.db") as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc1", "pc2", "pc3"], 0)
+        store.save(number, [NodeState("pc1", status=Status.DEPLOYED)], [], 1)
+        assert call(site, "cancel", "-w", "pc9").exit_code == 2
+        assert call(site, "cancel", "-w", "pc2").stdout == "deployment 1: pc2 given up\n"
+        assert store.deployment(number).ended_ms is None
+        call(site, "cancel")
+        assert store.deployment(number).ended_ms is not None
+        assert [node.status.value for node in store.nodes(number)] == [
+            "deployed", "failed", "failed",
+        ]  # fmt: skip
+
+
+def test_a_token_is_shown_once_listed_without_it_and_revoked(site: Path) -> None:
+    words = ["--nodes", "pc[1-2]", "--rights", "view,deploy", "--days", "3"]
+    made = call(site, "token", "add", "alice", *words)
+    assert made.exit_code == 0, made.stderr
+    text = made.stdout.strip()
+    number = text[3:11]
+    assert call(site, "token", "list").stdout == f"{number} alice pc[1-2] view,deploy\n"
+    listed = call(site, "token", "list", "--json").stdout
+    assert text[12:] not in listed
+    assert "digest" not in listed
+    assert call(site, "token", "revoke", number).stdout == f"{number} of alice is void\n"
+    assert call(site, "token", "revoke", number).exit_code == 2
+    assert call(site, "token", "list").stdout == ""
+    wrong = call(site, "token", "add", "alice", "--nodes", "pc1", "--rights", "root")
+    assert wrong.exit_code == 2
+    assert "no right 'root'" in wrong.stderr
