@@ -31,7 +31,6 @@ class Right(enum.Enum):
 class Grant:
     """What a token stands for."""
 
-    token_id: str
     user: str
     rights: frozenset[Right]
     nodes: frozenset[str] | None

@@ -89,12 +89,15 @@ async def carry_out(
     number: int,
     *,
     release: bool,
+    on_begun: Callable[[], None] = lambda: None,
     on_change: OnChange | None = None,
     make_steps: MakeSteps = Deployer,
 ) -> list[NodeState]:
     """Be the head of a deployment until its nodes have verdicts or are held; return them.
 
-    *release*: held nodes go on.  Raises BUSY when another process is its head.
+    *release*: held nodes go on.  Raises BUSY when another process is its head, or that of another
+    deployment with one of its nodes.
+    *on_begun* is called when nothing can be refused any more.
     """
     with store.claim(number):
         row = store.deployment(number)
@@ -114,12 +117,15 @@ async def carry_out(
             release=held if release else (),
             on_change=on_change,
         )
+        on_begun()
         await head.run()
         return store.nodes(number)
 
 
 def cancel(store: Store, number: int, names: Sequence[str], reason: str, now_ms: int) -> None:
-    """Give nodes up, whether a head is at work or not."""
+    """Give nodes up, whether a head is at work or not; raises USAGE when it has ended."""
+    if store.deployment(number).ended_ms is not None:
+        raise KaError(Code.USAGE, f"deployment {number} has ended")
     states = store.nodes(number)
     strange = set(names) - {node.name for node in states}
     if strange:

@@ -4,7 +4,8 @@ The only importer of Hypercorn.  One trio loop: HTTP, and a task for each deploy
 head just as `kadeploy run` would be.  A deployment that fails for a mistake of ours or of the
 configuration ends its own task only; it stays in the store and can be resumed.
 
-When it starts, it goes on with deployments that were begun here and have not ended.
+When it starts, it goes on with deployments that were begun here and have not ended; not with one
+whose nodes were deployed otherwise since.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ async def _run(
     stop = trio.Event()
     async with trio.open_nursery() as nursery:
 
-        def start(number: int, release: bool) -> None:
-            nursery.start_soon(_carry_out, settings, make_steps, number, release)
+        async def start(number: int, release: bool) -> None:
+            await nursery.start(_carry_out, settings, make_steps, number, release)
 
         service = Service(settings, store, start)
         app = make_app(service, Tokens(settings.tokens))
@@ -76,9 +77,11 @@ async def _run(
         framework = cast(Framework, app)
         work = partial(serve_http, framework, _hypercorn(settings.web), shutdown_trigger=stop.wait)
         binds = await nursery.start(work)
-        for row in store.deployments(open_only=True):
-            if row.request.get("user") and not store.claimed(row.id):
-                start(row.id, False)
+        for number in _left_over(store):
+            try:
+                await start(number, False)
+            except KaError as error:
+                _logger.error("deployment.failed", deployment=number, reason=error)
         _logger.info("serve.started", url=binds[0])
         if ready_fd is not None:
             os.write(ready_fd, f"{binds[0]}\n".encode())
@@ -129,15 +132,48 @@ def _listen(web: Web) -> int:
         return sock.detach()
 
 
-async def _carry_out(settings: Settings, make_steps: MakeSteps, number: int, release: bool) -> None:
+def _left_over(store: Store) -> list[int]:
+    """Return what was begun here and has not ended, if no node of it was deployed since."""
+    last = store.last()
+    return [
+        row.id
+        for row in store.deployments(open_only=True)
+        if row.request.get("user")
+        and all(node.ended or last[node.name].deployment == row.id for node in store.nodes(row.id))
+    ]
+
+
+async def _carry_out(
+    settings: Settings,
+    make_steps: MakeSteps,
+    number: int,
+    release: bool,
+    *,
+    task_status: trio.TaskStatus[None],
+) -> None:
+    """Be the head of a deployment; raises what is wrong before it begins, later logs it."""
     logger = _logger.bind(deployment=number)
-    logger.info("deployment.started")
+    begun = False
+
+    def on_begun() -> None:
+        nonlocal begun
+        begun = True
+        logger.info("deployment.started")
+        task_status.started()
+
     try:
         with Store.open(settings.store) as store:
-            await running.carry_out(store, settings, number, release=release, make_steps=make_steps)
-    except KaError as error:
-        logger.error("deployment.failed", reason=error)
+            await running.carry_out(
+                store,
+                settings,
+                number,
+                release=release,
+                on_begun=on_begun,
+                make_steps=make_steps,
+            )
     except Exception as error:  # one deployment's trouble is not the others'
+        if not begun:
+            raise
         logger.error("deployment.failed", exc_info=error)
     else:
         logger.info("deployment.complete")

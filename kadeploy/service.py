@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ LISTED_MAX = 50
 """Deployments in a list: the last ones."""
 BOARDS_MAX = 2 * LISTED_MAX
 
-Start = Callable[[int, bool], None]
-"""Carry out a deployment in the background; whether held nodes go on."""
+Start = Callable[[int, bool], Awaitable[None]]
+"""Carry out a deployment in the background, and whether held nodes go on; raises what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +178,22 @@ class Service:
 
         number = await trio.to_thread.run_sync(begin)
         if number is not None:
-            self._start(number, False)
+            try:
+                await self._start(number, False)
+            except KaError:
+                # Somebody was quicker.  It must not begin by itself some other day.
+                with Store.open(self._settings.store) as store:
+                    store.withdraw(number)
+                raise
         return {"id": number}
 
-    def resume(self, grant: Grant, number: int) -> dict[str, Any]:
+    async def resume(self, grant: Grant, number: int) -> dict[str, Any]:
         """Let a deployment that stopped, or its held nodes, go on; raises BUSY."""
         view = self.deployment(grant, number)
         self._require(grant, number, self._names(number))
         if view["ended_ms"] is not None:
             raise KaError(Code.USAGE, f"deployment {number} has ended")
-        if view["running"]:
-            raise KaError(Code.BUSY, f"deployment {number} is being carried out")
-        self._start(number, True)
+        await self._start(number, True)
         return {"id": number}
 
     def cancel(self, grant: Grant, number: int, content: object) -> dict[str, Any]:

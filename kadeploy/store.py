@@ -186,6 +186,13 @@ class Store:
             self._put_nodes(number, (NodeState(name) for name in nodes), now_ms)
         return number
 
+    def withdraw(self, number: int) -> None:
+        """Forget a deployment of which nothing was done."""
+        with self._db.transaction():
+            self._db.execute("DELETE FROM cancels WHERE deployment = ?", (number,))
+            self._db.execute("DELETE FROM nodes WHERE deployment = ?", (number,))
+            self._db.execute("DELETE FROM deployments WHERE id = ?", (number,))
+
     def save(
         self,
         deployment: int,

@@ -64,7 +64,7 @@ class Token:
     def grant(self) -> Grant:
         every = self.nodes == ALL_NODES
         nodes = None if every else frozenset(nodeset.expand(self.nodes))
-        return Grant(self.id, self.user, frozenset(self.rights), nodes)
+        return Grant(self.user, frozenset(self.rights), nodes)
 
 
 @dataclass(frozen=True, slots=True)

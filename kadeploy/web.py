@@ -27,7 +27,7 @@ import trio
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -86,6 +86,13 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+# A send or a read on a connection that has ended; busy: that is just being closed.
+_GONE = (
+    trio.BrokenResourceError,
+    trio.BusyResourceError,
+    trio.ClosedResourceError,
+    ClientDisconnect,
+)
 _logger = log.get("kadeploy.web")
 
 
@@ -132,9 +139,18 @@ async def _refused_http(request: Request, error: Exception) -> Response:
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    _logger.error("request.failed", path=request.url.path, exc_info=error)
+    if _is_gone(error):
+        _logger.info("client.gone", path=request.url.path)
+    else:
+        _logger.error("request.failed", path=request.url.path, exc_info=error)
     content = {"code": Code.INTERNAL.name, "message": Code.INTERNAL.value.meaning}
     return JSONResponse(content, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _is_gone(error: BaseException) -> bool:
+    if isinstance(error, BaseExceptionGroup):
+        return all(_is_gone(one) for one in error.exceptions)
+    return isinstance(error, _GONE)
 
 
 class _Web:
@@ -149,7 +165,13 @@ class _Web:
     # ------------------------------------------------------------ who asks
 
     def _look_up(self, token: str) -> Grant:
-        return self._tokens.grant(token, time.time_ns() // 1_000_000)
+        try:
+            return self._tokens.grant(token, time.time_ns() // 1_000_000)
+        except KaError as error:
+            if error.code is Code.AUTH:
+                raise
+            _logger.error("tokens.failed", reason=error)  # for us, not for who asks
+            raise KaError(Code.EIO, "the tokens cannot be read: see the server's log") from None
 
     def _token(self, request: Request) -> str:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -191,7 +213,8 @@ class _Web:
 
     async def resume(self, request: Request) -> Response:
         grant = self._grant(request)
-        return JSONResponse(self._service.resume(grant, _number(request)), HTTPStatus.ACCEPTED)
+        answer = await self._service.resume(grant, _number(request))
+        return JSONResponse(answer, HTTPStatus.ACCEPTED)
 
     async def cancel(self, request: Request) -> Response:
         grant = self._grant(request)

@@ -1,8 +1,8 @@
 // The page of kadeploy: one deployment, live.
 //
 // All it knows comes from the REST API; it asks with the cookie that the login set.  Events bring
-// `deployment` (everything) and `change` (the head of it, and nodes that changed).  Text from outside
-// is only ever set as textContent.
+// `deployment` (everything) and `change` (the head of it, and nodes that changed).  Text from
+// outside is only ever set as textContent.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
@@ -85,12 +85,16 @@ async function listDeployments() {
   const list = await call("/deployments");
   const select = $("deployments");
   const want = Number(location.hash.slice(1)) || (list.length ? list[0].id : 0);
-  select.replaceChildren(...list.map((one) => {
-    const state = one.ended_ms !== null ? "" : one.running ? " · running" : " · stopped";
-    const option = make("option", "", `${one.id} · ${one.environment} ${one.version}${state}`);
-    option.value = one.id;
-    return option;
-  }));
+  const key = JSON.stringify(list.map((one) => [one.id, one.ended_ms, one.running]));
+  if (select.dataset.key !== key) { // an open list is not disturbed without need
+    select.dataset.key = key;
+    select.replaceChildren(...list.map((one) => {
+      const state = one.ended_ms !== null ? "" : one.running ? " · running" : " · stopped";
+      const option = make("option", "", `${one.id} · ${one.environment} ${one.version}${state}`);
+      option.value = one.id;
+      return option;
+    }));
+  }
   select.value = want;
   $("nothing").hidden = list.length > 0;
   $("choice").hidden = $("connection").hidden = list.length === 0;
@@ -100,6 +104,7 @@ async function listDeployments() {
 function follow(number) {
   if (source) source.close();
   closeLog();
+  setText($("notice"), "");
   shown = { id: number };
   filter = "";
   source = new EventSource(`${API}/deployments/${number}/events`);
@@ -107,9 +112,24 @@ function follow(number) {
   source.addEventListener("change", (event) => change(JSON.parse(event.data)));
   source.onopen = () => connection("live", "live");
   source.onerror = () => {
-    connection("lost", "connection lost, trying again");
+    const refused = source.readyState === EventSource.CLOSED;
+    connection("lost", refused ? "there is no such deployment" : "connection lost, trying again");
     call("/me").catch(() => {}); // leads to the login when the token is void
   };
+}
+
+// What cannot be done now: the server is away, which the connection shows, or it says why not.
+function tell(error) {
+  if (!(error instanceof TypeError)) setText($("notice"), error.message);
+}
+
+function act(path, content) {
+  setText($("notice"), "");
+  call(path, content).catch(tell);
+}
+
+function refresh() {
+  listDeployments().catch(tell);
 }
 
 function connection(className, text) {
@@ -128,12 +148,12 @@ function begin(deployment) {
 }
 
 function change(news) {
-  if (news.running !== shown.running) listDeployments();
+  if (news.running !== shown.running) refresh();
   shown = { ...shown, ...news, outline: shown.outline };
   for (const node of news.nodes) {
     nodes.set(node.name, node);
     drawTile(node);
-    if (node.name === opened) openLog(node.name);
+    if (node.name === opened) openLog(node.name, false).catch(tell);
   }
   draw();
 }
@@ -262,7 +282,8 @@ function drawFailures() {
   section.hidden = byReason.size === 0;
   if (section.dataset.key === key) return;
   section.dataset.key = key;
-  const wasOpen = new Set([...section.querySelectorAll("details[open]")].map((one) => one.dataset.reason));
+  const open = [...section.querySelectorAll("details[open]")];
+  const wasOpen = new Set(open.map((one) => one.dataset.reason));
   section.replaceChildren(...[...byReason].map(([reason, names]) => {
     const fold = make("details");
     fold.dataset.reason = reason;
@@ -273,7 +294,7 @@ function drawFailures() {
     const list = make("div", "nodes");
     for (const name of names) {
       const button = make("button", "mono", name);
-      button.addEventListener("click", () => openLog(name, button));
+      button.addEventListener("click", () => openLog(name, true).catch(tell));
       list.append(button);
     }
     fold.append(line, list);
@@ -297,7 +318,7 @@ function makeTile(node) {
   tile.append(parts.mark, parts.name, parts.what, parts.bar);
   tile.dataset.name = node.name;
   tile.tabIndex = tiles.size ? -1 : 0; // one stop for the tab key; arrows go on from there
-  tile.addEventListener("click", () => openLog(node.name, tile));
+  tile.addEventListener("click", () => openLog(node.name, true).catch(tell));
   tiles.set(node.name, parts);
   drawTile(node);
   return tile;
@@ -339,7 +360,7 @@ function moveFocus(event) {
 
 // ---------------------------------------------------------------- the log of a node
 
-async function openLog(name, from) {
+async function openLog(name, byHand) {
   const turn = ++logTurn;
   if (opened && tiles.has(opened)) tiles.get(opened).tile.removeAttribute("aria-current");
   opened = name;
@@ -349,7 +370,8 @@ async function openLog(name, from) {
   const title = make("div", "title");
   const close = make("button", "", "Close");
   close.addEventListener("click", closeLog);
-  title.append(make("h3", "mono", name), make("span", "quiet", wordOf(node)), make("span", "space"), close);
+  const word = make("span", "quiet", wordOf(node));
+  title.append(make("h3", "mono", name), word, make("span", "space"), close);
   const log = $("log");
   const list = make("ol");
   list.append(...node.tries.map(makeTry));
@@ -357,10 +379,7 @@ async function openLog(name, from) {
   log.replaceChildren(title, ...empty, list);
   if (node.status === "failed") title.after(make("p", "error", node.reason));
   log.hidden = false;
-  if (from) {
-    log.dataset.from = name;
-    log.focus({ preventScroll: true });
-  }
+  if (byHand) log.focus({ preventScroll: true });
 }
 
 function makeTry(one) {
@@ -390,7 +409,8 @@ function closeLog() {
 
 function askCancel() {
   const left = nodes.size - shown.counts.deployed - shown.counts.failed;
-  setText($("cancel-text"), `${left} nodes are given up where they are; their disks may be half written.`);
+  const text = `${left} nodes are given up where they are; their disks may be half written.`;
+  setText($("cancel-text"), text);
   $("ask-cancel").returnValue = "no";
   $("ask-cancel").showModal();
 }
@@ -428,21 +448,21 @@ async function main() {
   setText($("user"), me.user);
   $("new").hidden = !me.rights.includes("deploy");
   $("deployments").addEventListener("change", (event) => { location.hash = event.target.value; });
-  window.addEventListener("hashchange", listDeployments);
+  window.addEventListener("hashchange", refresh);
   $("grid").addEventListener("keydown", moveFocus);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && opened && !document.querySelector("dialog[open]")) closeLog();
   });
   $("cancel").addEventListener("click", askCancel);
   $("ask-cancel").addEventListener("close", () => {
-    if ($("ask-cancel").returnValue === "yes") call(`/deployments/${shown.id}/cancel`, {});
+    if ($("ask-cancel").returnValue === "yes") act(`/deployments/${shown.id}/cancel`, {});
   });
-  $("resume").addEventListener("click", () => call(`/deployments/${shown.id}/resume`, {}));
-  $("new").addEventListener("click", askNew);
+  $("resume").addEventListener("click", () => act(`/deployments/${shown.id}/resume`, {}));
+  $("new").addEventListener("click", () => askNew().catch(tell));
   $("new-go").addEventListener("click", deploy);
   setInterval(drawTimes, 1000);
-  setInterval(listDeployments, LIST_MS);
+  setInterval(refresh, LIST_MS);
   await listDeployments();
 }
 
-main();
+main().catch(tell);

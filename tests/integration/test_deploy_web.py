@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -306,9 +307,14 @@ def test_a_killed_server_goes_on_and_one_node_has_one_deployment(tmp_path: Path)
     token = token_for(found, "root", "*", Right.DEPLOY)
     content = {"environment": "debian12", "nodes": "pc[001-003]"}
     with serving(tmp_path, 0.3) as site:
-        number = site.ask(DEPLOYMENTS, content, token=token).json["id"]
-        again = site.ask(DEPLOYMENTS, content, token=token)
-        assert (again.status, again.json["code"]) == (409, "BUSY")
+        # Of those who ask in the same moment one gets the nodes, the others are told.
+        with ThreadPoolExecutor() as pool:
+            asked = [pool.submit(site.ask, DEPLOYMENTS, content, token=token) for _ in range(4)]
+        answers = sorted((one.result() for one in asked), key=lambda answer: answer.status)
+        assert [one.status for one in answers] == [201, 409, 409, 409]
+        assert answers[-1].json["code"] == "BUSY"
+        number = answers[0].json["id"]
+        assert [one["id"] for one in site.ask(DEPLOYMENTS, token=token).json] == [number]
         resumed = site.ask(f"{DEPLOYMENTS}/{number}/resume", {}, token=token)
         assert (resumed.status, resumed.json["code"]) == (409, "BUSY")
         with Store.open(found.store) as store:
@@ -392,6 +398,55 @@ def test_a_client_that_takes_no_answers_is_dropped(room: Room) -> None:
     room.until_ended(number)
 
 
+def test_a_deployment_of_another_process_is_followed_and_cancelled(tmp_path: Path) -> None:
+    found = write_site(tmp_path, 4, 0.01)
+    token = token_for(found, "root", "*", Right.DEPLOY)
+    with Store.open(found.store) as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc001", "pc002"], 0)
+    words = [sys.executable, "-m", "tests.support.deploy_mock", str(found.store), "2", "0.3"]
+    with serving(tmp_path, 0.01) as site, subprocess.Popen(words, cwd=ROOT) as head:
+        events = Events(site, number, token)
+        event = events.next()
+        while event is not None and not event[1]["running"]:
+            event = events.next()
+        refused = site.ask(f"{DEPLOYMENTS}/{number}/resume", {}, token=token)
+        assert (refused.status, refused.json["code"]) == (409, "BUSY")
+        cancel = f"{DEPLOYMENTS}/{number}/cancel"
+        assert site.ask(cancel, {"nodes": "pc002"}, token=token).status == 202
+        while event is not None and event[1]["ended_ms"] is None:
+            event = events.next()
+        assert event is not None
+        assert (event[1]["counts"]["deployed"], event[1]["counts"]["failed"]) == (1, 1)
+        events.close()
+        assert head.wait(WAIT_S) == 0
+    with Store.open(found.store) as store:
+        assert [node.reason for node in store.nodes(number)] == ["", "cancelled by root"]
+
+
+def test_what_was_overtaken_is_not_gone_on_with_after_a_restart(tmp_path: Path) -> None:
+    found = write_site(tmp_path, 2, 0.01)
+    token = token_for(found, "root", "*", Right.DEPLOY)
+    with Store.open(found.store) as store:
+        environment = store.environment("debian12")
+        old, new = (store.begin(environment, {"user": "root"}, ["pc001"], 0) for _ in range(2))
+    with serving(tmp_path, 0.01) as site:
+        room = Room(site, found, token, token, token)
+        assert room.until_ended(new)["counts"]["deployed"] == 1
+        assert room.show(old).json["counts"]["waiting"] == 1
+        assert not room.show(old).json["running"]
+
+
+def test_what_is_wrong_with_our_files_is_not_told_to_who_asks(tmp_path: Path) -> None:
+    found = write_site(tmp_path, 1, 0.01)
+    token = token_for(found, "root", "*", Right.DEPLOY)
+    with serving(tmp_path, 0.01) as site:
+        found.tokens.chmod(0o644)
+        broken = site.ask("/api/v1/me", token=token)
+        assert (broken.status, broken.json["code"]) == (500, "EIO")
+        assert str(found.tokens) not in broken.json["message"]
+        assert "chmod 600" in site.log.read_text()
+
+
 # ---------------------------------------------------------------- tokens and configuration
 
 
@@ -402,7 +457,7 @@ def test_the_token_file_is_its_owners_only_and_holds_no_token(tmp_path: Path) ->
     assert path.stat().st_mode & 0o777 == 0o600
     assert text[12:] not in path.read_text()
     assert tokens.grant(text, 4999) == Grant(
-        text[3:11], "alice", frozenset({Right.VIEW}), frozenset({"pc1", "pc2"})
+        "alice", frozenset({Right.VIEW}), frozenset({"pc1", "pc2"})
     )
     with pytest.raises(KaError) as caught:
         tokens.grant(text, 5000)

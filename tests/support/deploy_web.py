@@ -54,10 +54,13 @@ gather_ms = {gather_ms}
 """
 
 
-def write_site(directory: Path, count: int, step_s: float) -> Settings:
-    """Make a head's configuration with nodes and an environment; return its settings."""
+def write_site(directory: Path, count: int, step_s: float, boot_s: float = 60.0) -> Settings:
+    """Make a head's configuration with nodes and an environment; return its settings.
+
+    *boot_s*: how long one that never comes up is waited for; a busy host needs some.
+    """
     step_ms = max(1, int(step_s * 1000))
-    text = _CONFIG.format(step_ms=step_ms, boot_ms=5 * step_ms, gather_ms=3 * step_ms)
+    text = _CONFIG.format(step_ms=step_ms, boot_ms=int(boot_s * 1000), gather_ms=3 * step_ms)
     (directory / "kadeploy.toml").write_text(text)
     lines = [
         f"  - {{name: {name_of(index)}, disks: [{{role: system, serial: SN{index:04}}}]}}\n"

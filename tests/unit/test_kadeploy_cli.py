@@ -151,6 +151,7 @@ def test_cancel_gives_up_what_no_head_carries_out(site: Path) -> None:
         assert [node.status.value for node in store.nodes(number)] == [
             "deployed", "failed", "failed",
         ]  # fmt: skip
+    assert "has ended" in call(site, "cancel").stderr
 
 
 def test_a_token_is_shown_once_listed_without_it_and_revoked(site: Path) -> None:
