@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import signal
 import statistics
 import subprocess
@@ -95,30 +96,45 @@ def run(command: Sequence[str], sshd: Sshd) -> subprocess.CompletedProcess[bytes
     )  # fmt: skip
 
 
-def second_commands(count: int, window: int, runs: int) -> list[float]:
-    """Return the wall times of commands in a session, the client's own start included."""
+def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]]:
+    """Return wall times of commands in a session, the client's own start included.
+
+    And what they are made of: the same on one node, and starting that many commands from one
+    process, without anything of karun or ssh: on one machine nothing can be quicker than that.
+    """
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         environment = os.environ | {"XDG_RUNTIME_DIR": place}
         karun = [sys.executable, "-m", "karun.entry"]
+        nodes = addresses(count)
         start = [
-            "session", "start", "-w", ",".join(addresses(count)),
+            "session", "start", "-w", ",".join(nodes),
             "--ssh-config", str(sshd.config), "-f", str(window),
         ]  # fmt: skip
-        subprocess.run(
-            [*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL
-        )
-        times = []
+        subprocess.run([*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL)
+        run = [*karun, "run", "--session", "default", "-n", "-b", "-S"]
+        times: dict[str, list[float]] = {}
         try:
             for _ in range(runs):
-                start_s = time.monotonic()
-                subprocess.run(
-                    [*karun, "run", "--session", "default", "-n", "-b", "-S", "--", "true"],
-                    env=environment, check=True,
-                )  # fmt: skip
-                times.append(time.monotonic() - start_s)
+                for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
+                    start_s = time.monotonic()
+                    subprocess.run([*run, *more, "--", "true"], env=environment, check=True)
+                    times.setdefault(name, []).append(time.monotonic() - start_s)
+                times.setdefault("commands alone", []).append(bare_commands(count))
         finally:
             subprocess.run([*karun, "session", "stop"], env=environment, check=False)
     return times
+
+
+def bare_commands(count: int) -> float:
+    """Return the time in which this process starts *count* commands and sees their ends."""
+    program = shutil.which("true") or "/bin/true"
+    environment = dict(os.environ)
+    start_s = time.monotonic()
+    for _ in range(count):
+        os.posix_spawn(program, ["true"], environment)
+    for _ in range(count):
+        os.wait()
+    return time.monotonic() - start_s
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,8 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failed = "" if all(one.is_good for one in found) else "  FAILED"
         print(f"{name:32} {wall_s:8.2f} s {cpu_ms:8.0f} ms of CPU a node{failed}")
     if "karun" in chosen:
-        times = second_commands(options.nodes, options.window, 9)
-        print(f"karun, in a session: {1000 * statistics.median(times):.0f} ms (median of 9)")
+        print("\n`true` in a karun session; median of 9")
+        for name, found_s in second_commands(options.nodes, options.window, 9).items():
+            print(f"{name:32} {1000 * statistics.median(found_s):8.0f} ms")
     return 0 if all(one.is_good for found in samples.values() for one in found) else 1
 
 

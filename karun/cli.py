@@ -1,7 +1,6 @@
 """Command line of karun, which starts and controls processes on many nodes.
 
-Decides nothing: it reads arguments, calls, and says what came of it; `karun run --session`
-does not come by here (karun/entry.py).
+Decides nothing: it reads arguments, calls, and says what came of it.
 Errors are one line on standard error; exit codes are those of `common.errors`.
 """
 
@@ -18,14 +17,14 @@ from common.broadcast.planner import make_plan
 from common.broadcast.topology import Kind
 from common.config import parse_size
 from common.errors import Code, KaError
-from karun import client, moving, planning, running, sessions
+from karun import moving, planning, sessions
 from karun.cli_reboot import reboot
+from karun.cli_run import run
 from karun.cli_shell import shell
 from karun.cli_top import top
 from karun.cli_where import split, where_options
 from karun.client import DEFAULT
 from karun.copied import CopyOptions
-from karun.options import Options
 
 __all__ = ["main"]
 
@@ -39,56 +38,13 @@ def karun() -> None:
     """Start and control processes on many nodes."""
 
 
-for command in (reboot, shell, top):
+for command in (reboot, run, shell, top):
     karun.add_command(command)
 
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
     cli.run(karun, "karun")
-
-
-@karun.command(
-    context_settings={"allow_interspersed_args": False},
-    epilog="Example: karun run -w node[1-200] -x node7 -b -- uname -r",
-)
-@where_options
-@click.option("--session", metavar="NAME", help="On the nodes of a session; instead of the above.")
-@click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,
-              help="Seconds that the command may take.  [default: for ever]")  # fmt: skip
-@click.option("-b", "gather", is_flag=True, help="Gather: equal output once, with its nodes.")
-@click.option("-B", "gather_all", is_flag=True, help="Gather standard error as well.")
-@click.option("-L", "by_line", is_flag=True, help="In the order of nodes; with -b without headers.")
-@click.option("-N", "no_label", is_flag=True, help="No node names before lines.")
-@click.option("--diff", is_flag=True, help="Differences from the most common output only.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
-@click.option("--outdir", metavar="DIR", help="A file for each node's standard output.")
-@click.option("--errdir", metavar="DIR", help="A file for each node's standard error.")
-@click.option("-S", "highest", is_flag=True, help="Exit with the highest exit code of the nodes.")
-@click.option("-n", "no_stdin", is_flag=True, help="Give the command no standard input.")
-@click.option("-q", "quiet", is_flag=True, help="No lines on exit codes.")
-@click.option("--cwd", default="", metavar="DIR", help="Run in this directory of the node.")
-@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
-@click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
-@click.option("--pty", is_flag=True, help="Give the command a terminal.")
-@click.option("--mpi", is_flag=True, help="It is an MPI program, built with MPICH or its family.")
-@click.option("--ranks", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
-              help="Of --mpi, on each node.")  # fmt: skip
-@click.argument("command", nargs=-1, required=True)
-def run(session: str | None, **options: Any) -> None:
-    """Run a command on many nodes at once.
-
-    Several words are the command and its arguments, and reach it as they are.  A single word with
-    a blank in it is a line for the shell of the node.
-    """
-    if session is not None:  # karun.entry takes these, unless there is something wrong with them
-        raise KaError(Code.USAGE, "with --session: -w, options of output and of the command only")
-    where, rest = split(options)
-    if rest["ranks"] > 1 and not rest["mpi"]:
-        raise KaError(Code.USAGE, "--ranks is for --mpi")
-    if rest["mpi"] and (rest["sudo"] or rest["pty"]):
-        raise KaError(Code.USAGE, "--mpi goes with neither --sudo nor --pty")
-    sys.exit(running.main(where, Options(**rest)))
 
 
 @karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
@@ -189,7 +145,7 @@ def list_() -> None:
 @click.argument("name", default=DEFAULT)
 def stop(name: str) -> None:
     """End a session, and every process of it on its nodes."""
-    client.stop(name)
+    sessions.stop(name)
 
 
 @karun.command(

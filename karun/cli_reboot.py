@@ -14,11 +14,11 @@ from karun.cli_where import split, where_options
 from karun.hands import ProcessHands, words
 from karun.lines import STDERR
 from karun.nodes import Names
-from karun.options import TERMINAL
 from karun.power import Policy
 from karun.progress import StatusLine
 from karun.rebooting import main
 from karun.running import Where
+from karun.terminal import TERMINAL
 
 __all__ = ["reboot"]
 

@@ -21,8 +21,8 @@ from karun.api import Copied, CopyOptions, Step
 from karun.connectors import WINDOWS
 from karun.copied import exit_code, report
 from karun.lines import STDERR, STDOUT
-from karun.options import TERMINAL
 from karun.running import EXIT_INTERRUPTED, Where
+from karun.terminal import TERMINAL
 from karun.windows_nodes import WindowsNodes
 
 __all__ = ["Form", "copy", "gather"]

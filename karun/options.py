@@ -1,25 +1,30 @@
-"""The options of `karun run` that say what runs and how it is printed; with a session or without.
-
-Light to import: a command in a session takes some tens of milliseconds in all, and loading trio and
-click takes longer than that.
-"""
+"""What the options of `karun run` say of the command and of its output, in a session or not."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from karun.lines import STDERR, STDOUT
 from karun.naming import Folding
-from karun.output import Form, Printer, Style, make_printer, wants_colour
-from karun.sinks import NodeFiles, Terminal
+from karun.output import Form, Printer, Streams, Style, make_printer, wants_colour
+from karun.sinks import NodeFiles
 
-__all__ = ["TERMINAL", "Options", "printing"]
+__all__ = ["Options", "Screen", "printing"]
 
-TERMINAL = Terminal()
+
+class Screen(Streams, Protocol):
+    """Standard streams of whoever typed the command; karun.terminal.Terminal is one."""
+
+    def is_terminal(self, stream: int) -> bool:
+        """Whether a stream is a terminal."""
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """What says whether to use colours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +53,7 @@ class Options:
     ranks: int = 1
     """On each node."""
 
-    def style(self) -> Style:
+    def style(self, screen: Screen) -> Style:
         """Return what is said of output."""
         form = Form.LABELLED
         if self.as_json:
@@ -57,6 +62,7 @@ class Options:
             form = Form.GATHERED_ALL
         elif self.gather or self.diff:
             form = Form.GATHERED
+        environment = screen.environment
         return Style(
             form=form,
             by_line=self.by_line,
@@ -64,8 +70,8 @@ class Options:
             label=not self.no_label,
             highest=self.highest or self.mpi,
             quiet=self.quiet,
-            colour_out=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDOUT)),
-            colour_err=wants_colour(os.environ, is_terminal=TERMINAL.is_terminal(STDERR)),
+            colour_out=wants_colour(environment, is_terminal=screen.is_terminal(STDOUT)),
+            colour_err=wants_colour(environment, is_terminal=screen.is_terminal(STDERR)),
         )
 
     def settings(self) -> dict[str, str]:
@@ -82,7 +88,7 @@ class Options:
 
 
 @contextmanager
-def printing(options: Options, names: Folding) -> Iterator[Printer]:
+def printing(options: Options, names: Folding, screen: Screen) -> Iterator[Printer]:
     """Give the printer that the options ask for, with its files; raises KaError."""
     files = None
     if options.outdir or options.errdir:
@@ -92,7 +98,7 @@ def printing(options: Options, names: Folding) -> Iterator[Printer]:
             Path(options.errdir) if options.errdir else None,
         )
     try:
-        yield make_printer(names, TERMINAL, options.style(), files.append if files else None)
+        yield make_printer(names, screen, options.style(screen), files.append if files else None)
     finally:
         if files:
             files.close()

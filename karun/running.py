@@ -22,10 +22,11 @@ from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
 from karun.mpi import Program, unit_names
-from karun.options import TERMINAL, Options, printing
+from karun.options import Options, printing
 from karun.output import Printer
 from karun.progress import Progress, StatusLine
 from karun.ssh_options import fast_key_exchange
+from karun.terminal import TERMINAL
 from karun.windows_nodes import WindowsNodes
 
 __all__ = ["Where", "main"]
@@ -99,7 +100,7 @@ def main(where: Where, options: Options) -> int:
     if on_windows and (options.mpi or options.sudo):
         raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
     run = where.windows(names) if on_windows else where.run(names)
-    with printing(options, nodes.Names(units)) as printer:
+    with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
             return trio.run(_run, run, options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:

@@ -23,13 +23,14 @@ from common.errors import KaError
 from karun.api import Run
 from karun.lines import STDERR
 from karun.nodes import Names
-from karun.options import TERMINAL, Options, printing
+from karun.options import Options, printing
 from karun.output import Form, Printer
 from karun.progress import Progress
 from karun.prompt import FORMS, Settings
 from karun.prompt_loop import history_file, loop, with_history
 from karun.roster import State
 from karun.running import AGAIN_S, EXIT_INTERRUPTED, Where
+from karun.terminal import TERMINAL
 
 __all__ = ["main"]
 
@@ -81,7 +82,7 @@ class _Nodes:
     def run(self, settings: Settings, text: str) -> int:
         """Run a command, print, and return its exit code; raises KaError."""
         names = Names(settings.nodes)
-        with printing(_options(settings), names) as printer:
+        with printing(_options(settings), names, TERMINAL) as printer:
             job = _Job(settings.nodes, text, printer)
             self.begin(job)
             self._wait(job, Progress(names, printer.results))

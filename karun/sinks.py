@@ -1,67 +1,25 @@
-"""Where printers write: this process's standard streams, and a file for each node.
+"""A file for each node, beside what is printed (--outdir, --errdir).
 
-Writes straight to descriptors, so that nothing is left in a buffer of the interpreter when the
-reader of a pipe has gone.  Not here: what is written (karun/output.py).
+Not here: what is written (karun/output.py), the standard streams (karun/terminal.py).
 
-Invariants
-  * a reader that went away is noticed once and costs nothing after that;
-  * a stream that somebody made non-blocking (an ssh that shares the terminal does) is waited for;
-  * at most OPEN_COUNT_MAX files are open, however many nodes there are.
+Invariant: at most OPEN_COUNT_MAX files are open, however many nodes there are.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.errors import Code, KaError, from_errno
 from karun.lines import STDERR, STDOUT
+from karun.terminal import write_all
 
-__all__ = ["NodeFiles", "Terminal"]
+__all__ = ["NodeFiles"]
 
 OPEN_COUNT_MAX = 256
-
-
-class Terminal:
-    """Standard output and error.  `before` each write a status line can be taken away."""
-
-    def __init__(self, out_fd: int = 1, err_fd: int = 2) -> None:
-        self._fds = {STDOUT: out_fd, STDERR: err_fd}
-        self._gone: set[int] = set()
-        self.before: Callable[[], None] | None = None
-
-    @property
-    def has_reader(self) -> bool:
-        return STDOUT not in self._gone
-
-    def is_terminal(self, stream: int) -> bool:
-        return os.isatty(self._fds[stream])
-
-    def draw(self, data: bytes) -> None:
-        """Write a status line: without taking one away before, and without a fuss."""
-        with contextlib.suppress(OSError):
-            os.write(self._fds[STDERR], data)
-
-    def write(self, stream: int, data: bytes) -> None:
-        """Write all of it; raises KaError if the stream is full (a disk) or broken."""
-        if stream in self._gone:
-            return
-        if self.before is not None:
-            self.before()
-        try:
-            _write_all(self._fds[stream], data)
-        except BrokenPipeError:
-            self._gone.add(stream)
-        except OSError as error:
-            self._gone.add(stream)
-            name = "output" if stream == STDOUT else "error"
-            raise KaError(
-                from_errno(error.errno or 0), f"cannot write to standard {name}: {error.strerror}"
-            ) from None
 
 
 class NodeFiles:
@@ -91,7 +49,7 @@ class NodeFiles:
         if directory is None:
             return
         with _told(directory / self._names[node]):
-            _write_all(self._descriptor(node, stream, directory), data)
+            write_all(self._descriptor(node, stream, directory), data)
 
     def close(self) -> None:
         """Close all files."""
@@ -120,14 +78,3 @@ def _told(path: Path) -> Iterator[None]:
         raise KaError(
             from_errno(error.errno or 0), f"cannot write {path}: {error.strerror}"
         ) from None
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()

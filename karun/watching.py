@@ -23,11 +23,11 @@ import trio
 
 from karun import api, nodes
 from karun.lines import STDOUT, Lines
-from karun.options import TERMINAL
 from karun.output import CODE_NO_READER
 from karun.results import CODE_UNREACHABLE
 from karun.running import EXIT_INTERRUPTED, Where
 from karun.sampler import decode
+from karun.terminal import TERMINAL
 from karun.top import Monitor, Rates, Row, to_text
 from karun.top_table import Screen
 

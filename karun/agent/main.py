@@ -62,6 +62,8 @@ class Agent:
         self._hub: Hub | None = None
         self._keeper = Keeper(self.loop)
         self._processes: dict[int, Process] = {}
+        self._env: dict[str, str] = {}
+        """Of commands; they add to it."""
         self._worlds: Worlds | None = None
         self._rejoin: Rejoin | None = None
         self._patience: Timer | None = None
@@ -81,6 +83,12 @@ class Agent:
         origin = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
         setup.ancestors[0] = (host or origin or "127.0.0.1", port)
         self._member.rank = setup.rank
+        self._env = {
+            **os.environ,
+            "KARUN_RANK": str(setup.rank),
+            "KARUN_SIZE": str(setup.size),
+            "KARUN_NODE": setup.name,
+        }
         self._next_tick = self.loop.now + setup.ping_s
         self.loop.at(setup.ping_s, self._tick)
         self._attach()
@@ -266,10 +274,7 @@ class Agent:
         flags, limit_ms, cwd, words, settings, members = fields
         if members and not _is_member(members, self._setup.rank):
             return
-        env = dict(os.environ)
-        env["KARUN_RANK"] = str(self._setup.rank)
-        env["KARUN_SIZE"] = str(self._setup.size)
-        env["KARUN_NODE"] = self._setup.name
+        env = self._env.copy()
         for setting in frames.unpack(settings):
             name, _, value = frames.text(setting).partition("=")
             env[name] = value

@@ -36,8 +36,9 @@ class Process:
     """One running command."""
 
     __slots__ = (
-        "_exited", "_guarding", "_input", "_input_ended", "_input_fd", "_keeper", "_loop",
-        "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer", "consumed", "pid",
+        "_awaited", "_exited", "_guarding", "_input", "_input_ended", "_input_fd", "_keeper",
+        "_loop", "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer", "consumed",
+        "pid",
     )  # fmt: skip
 
     def __init__(
@@ -50,6 +51,8 @@ class Process:
         """*exited* gets the exit code and the signal (0: none) that ended the command; code
         OUT_OF_TIME after its time limit."""
         self._loop, self._keeper = loop, keeper
+        self._awaited = False
+        """Whether the loop has been asked to tell of its end."""
         self._guarding: Timer | None = None
         self._output, self._exited = output, exited
         self._outputs: dict[int, int] = {}
@@ -84,8 +87,7 @@ class Process:
             self._end_input()
             self._exited(CODE_NOT_FOUND if missing else CODE_NOT_STARTED, 0)
             return
-        self._loop.reap(self.pid, self._ended)
-        self._guarding = self._loop.at(GUARD_S, lambda: self._keeper.guard(self.pid))
+        self._guarding = self._loop.at(GUARD_S, self._guard)
         if limit_s > 0:
             self._timer = self._loop.at(limit_s, self._out_of_time)
 
@@ -119,6 +121,21 @@ class Process:
                     self._loop.unwatch(fd)
                 else:
                     self._loop.watch(fd, READ, self._reader(fd))
+
+    def _guard(self) -> None:
+        self._keeper.guard(self.pid)
+        self._await()
+
+    def _await(self) -> None:
+        """See to it that its end is heard of.  Most commands have ended when it comes to that."""
+        if self._awaited:
+            return
+        self._awaited = True
+        found, status = os.waitpid(self.pid, os.WNOHANG)
+        if found:
+            self._ended(status)
+        else:
+            self._loop.reap(self.pid, self._ended)
 
     def _spawn(
         self, argv: list[str], env: dict[str, str], cwd: str,
@@ -212,7 +229,10 @@ class Process:
             self._output(self._outputs[fd], data)
         else:
             self._close_output(fd)
-            self._finish()
+            if not self._outputs and self._status < 0:
+                self._await()
+            else:
+                self._finish()
 
     def _close_output(self, fd: int) -> None:
         self._loop.unwatch(fd)
@@ -301,7 +321,7 @@ def _find(name: str, path: str, cwd: str) -> str:
         os.stat(where)
         return name
     for directory in path.split(":"):
-        program = os.path.join(directory, name)
+        program = f"{directory or '.'}/{name}"
         if os.access(program, os.X_OK) and os.path.isfile(program):
             return program
     raise FileNotFoundError(2, "command not found", name)

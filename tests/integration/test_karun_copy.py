@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
 
+from bench.netlab import NetLab
 from bench.sshd import Sshd, addresses
 from common.broadcast.topology import Kind
 from common.errors import Code, KaError
@@ -361,6 +364,36 @@ async def test_nodes_reached_by_ssh_feed_each_other(tmp_path: Path, sshd: Sshd) 
     assert reasons(small) == reasons(large) == {}
     check(tmp_path, addresses(6), data)
     assert (tmp_path / f"small-{addresses(6)[5]}").read_bytes() == few
+
+
+@pytest.mark.parametrize("options", [CopyOptions(), BROADCAST], ids=["riding", "broadcast"])
+async def test_nodes_reached_by_rsh_are_copied_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: CopyOptions
+) -> None:
+    rsh = tmp_path / "rsh"
+    rsh.write_text('#!/bin/sh\nexec sh -c "$2"\n')
+    rsh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    data = random_file(tmp_path / "source", 50_000)
+    async with Run(names(3), "rsh") as run:
+        results = await run.copy([str(tmp_path / "source")], f"{tmp_path}/%h", options=options)
+    assert exit_code(results) == 0, reasons(results)
+    check(tmp_path, names(3), data)
+
+
+@ROOT_ONLY
+@pytest.mark.skipif(shutil.which("tc") is None, reason="needs iproute2")
+async def test_network_namespaces_feed_each_other_over_their_own_network(tmp_path: Path) -> None:
+    data = random_file(tmp_path / "source", 500_000)
+    with NetLab([4], rate_mbit=0) as lab:
+        nodes = [lab.name(number) for number in range(1, 4)]
+        words = [
+            sys.executable, "-m", "karun.entry", "copy", "--via", "netns", "-w", ",".join(nodes),
+            "--topology", "chain", str(tmp_path / "source"), f"{tmp_path}/%h",
+        ]  # fmt: skip
+        done = await trio.run_process(lab.inside(0, *words), capture_stderr=True, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (0, 1), done.stderr
+    check(tmp_path, nodes, data)
 
 
 @pytest.mark.slow

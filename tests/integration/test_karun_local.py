@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -156,6 +157,26 @@ async def test_a_thousand_nodes_are_launched_and_heard() -> None:
     assert {outcome.exit_code for outcome in outcomes} == {0}
     assert all(sink.outputs[rank, 1] == b"%d\n" % rank for rank in range(1000))
     assert {outcome.exit_code for outcome in second} == {3}
+
+
+@pytest.mark.slow
+def test_memory_of_the_head_grows_with_distinct_lines_not_with_nodes() -> None:
+    few = peak_size("echo", "x")
+    many = peak_size("seq", "-f", "%099.0f", "2000")  # 200 kB from each node, 200 MB in all
+    assert many < few + (16 << 20)
+
+
+def peak_size(*command: str) -> int:
+    """The memory that a head takes at most for a command on a thousand nodes, gathered."""
+    words = ["run", "--via", "local", "-w", "n[1-1000]", "-b", "-S", "-n", "--", *command]
+    head = subprocess.Popen([sys.executable, "-m", "karun.entry", *words], stdout=subprocess.PIPE)
+    assert head.stdout is not None
+    with head.stdout as out:
+        assert out.read().startswith(b"-" * 15 + b"\nn[1-1000] (1000)\n")
+    _pid, status, usage = os.wait4(head.pid, 0)
+    head.returncode = status
+    assert status == 0
+    return usage.ru_maxrss << 10
 
 
 async def test_an_error_of_the_user_leaves_the_run_as_it_is() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from karun import client
+from karun.agent import frames
 from tests.support.running import wait_until
 
 NODE_COUNT = 12
@@ -21,15 +25,16 @@ class Shell:
 
     def __init__(self, runtime: Path) -> None:
         self.runtime = runtime
-        self._env = os.environ | {"XDG_RUNTIME_DIR": str(runtime)}
+        top = str(Path(__file__).parents[2])
+        self.env = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": top}
 
     def __call__(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(self.command(*words), input=stdin, capture_output=True, timeout=60,
-                              env=self._env, check=False)  # fmt: skip
+                              env=self.env, check=False)  # fmt: skip
 
     def start(self, *words: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=self._env
+            self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=self.env
         )
 
     @staticmethod
@@ -76,28 +81,28 @@ def test_many_clients_share_a_session(karun: Shell) -> None:
         karun.start("run", "--session", "default", "-b", "--", "echo", str(number))
         for number in range(6)
     ]
-    for number, client in enumerate(clients):
-        out, _ = client.communicate(timeout=60)
-        assert (client.returncode, out.splitlines()[-1]) == (0, b"%d" % number)
+    for number, user in enumerate(clients):
+        out, _ = user.communicate(timeout=60)
+        assert (user.returncode, out.splitlines()[-1]) == (0, b"%d" % number)
 
 
 def test_a_client_that_goes_takes_its_command_with_it(karun: Shell, tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     script = f"echo $$ >> {pids}; exec sleep 1000"
-    client = karun.start("run", "--session", "default", "--", "sh", "-c", script)
+    user = karun.start("run", "--session", "default", "--", "sh", "-c", script)
     wait_until(
         lambda: pids.exists() and len(pids.read_text().split()) == NODE_COUNT, "the commands"
     )
-    client.kill()
-    client.communicate()
+    user.kill()
+    user.communicate()
     numbers = pids.read_text().split()
     wait_until(lambda: not any(map(is_running, numbers)), "the commands to end")
     assert karun("run", "--session", "default", "true").returncode == 0
 
 
 def test_a_client_that_does_not_read_holds_the_nodes_back_not_the_session(karun: Shell) -> None:
-    client = karun.start("run", "--session", "default", "-w", "n1", "yes")
-    out = client.stdout
+    user = karun.start("run", "--session", "default", "-w", "n1", "yes")
+    out = user.stdout
     assert out is not None
     assert out.read(6) == b"n1: y\n"
     (line,) = karun("session", "list").stdout.splitlines()
@@ -105,8 +110,8 @@ def test_a_client_that_does_not_read_holds_the_nodes_back_not_the_session(karun:
     before = resident_size(pid)
     time.sleep(0.5)
     assert resident_size(pid) < before + (32 << 20)
-    client.kill()
-    client.communicate()
+    user.kill()
+    user.communicate()
 
 
 def test_a_session_that_is_not_there_is_one_line(karun: Shell) -> None:
@@ -124,25 +129,86 @@ def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_socket_is_for_its_owner_only(karun: Shell) -> None:
-    socket = karun.runtime / "karun" / "default.sock"
-    assert socket.stat().st_mode & 0o777 == 0o600
-    assert socket.parent.stat().st_mode & 0o777 == 0o700
+    path = karun.runtime / "karun" / "default.sock"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_client_loads_neither_trio_nor_click_nor_clustershell(karun: Shell) -> None:
+def test_a_client_loads_builtin_and_c_modules_only(karun: Shell) -> None:
     words = ["run", "--session", "default", "true"]
-    code = (
-        f"import sys; sys.argv = ['karun', *{words!r}]\n"
-        "from karun import entry\n"
-        "try: entry.main()\n"
-        "except SystemExit: pass\n"
-        "print(sorted({'trio', 'click', 'ClusterShell'} & set(sys.modules)))"
-    )
+    code = f"import sys; sys.argv = ['karun', *{words!r}]\nfrom karun import entry; entry.main()"
     env = os.environ | {"XDG_RUNTIME_DIR": str(karun.runtime)}
     found = subprocess.run(
-        [sys.executable, "-c", code], stdin=subprocess.DEVNULL, capture_output=True, env=env
-    )
-    assert found.stdout.strip() == b"[]", found.stderr
+        [sys.executable, "-S", "-X", "importtime", "-c", code],
+        stdin=subprocess.DEVNULL, capture_output=True, env=env, check=True,
+    )  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip() for line in found.stderr.decode().splitlines()}
+    assert "karun.client" in loaded
+    heavy = {"click", "common.errors", "contextlib", "dataclasses", "enum", "json", "pathlib",
+             "re", "signal", "socket", "trio", "typing"}  # fmt: skip
+    assert loaded & heavy == set()
+
+
+def test_options_may_stand_before_the_session(karun: Shell) -> None:
+    found = karun("run", "-b", "-w", "n[3-4]", "--session=default", "--", "echo", "--session")
+    assert found.stdout.splitlines()[1:] == [b"n[3-4] (2)", b"-" * 15, b"--session"]
+
+
+def test_what_a_session_cannot_do_is_one_line(karun: Shell) -> None:
+    found = karun("run", "--session", "default", "--via", "ssh", "true")
+    line = b"karun: with --session: -w, options of output and of the command only\n"
+    assert (found.returncode, found.stderr) == (2, line)
+    found = karun("run", "--session", "default", "--nonsense", "true")
+    line = b"karun: No such option '--nonsense'. See `karun run --help`.\n"
+    assert (found.returncode, found.stderr) == (2, line)
+    assert b"Usage: karun run" in karun("run", "--session", "default", "--help").stdout
+
+
+def test_a_client_that_says_nonsense_is_dropped_and_the_session_stays(karun: Shell) -> None:
+    for said in (b"nonsense" * 9, frames.encode(client.RUN, 0, b""), frames.encode(99, 0)):
+        with socket.socket(socket.AF_UNIX) as stranger:
+            stranger.connect(str(karun.runtime / "karun" / "default.sock"))
+            stranger.sendall(said)
+            assert stranger.recv(100) == b""
+    assert karun("run", "--session", "default", "true").returncode == 0
+
+
+def test_files_are_where_the_client_is_and_a_disk_that_is_full_ends_one_command(
+    karun: Shell, tmp_path: Path
+) -> None:
+    words = ["run", "--session", "default", "-w", "n[1-2]", "--outdir", "out", "echo", "hi"]
+    subprocess.run(karun.command(*words), cwd=tmp_path, env=karun.env, check=True,
+                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)  # fmt: skip
+    assert [(tmp_path / "out" / name).read_text() for name in ("n1", "n2")] == ["hi\n"] * 2
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "n1").symlink_to("/dev/full")
+    found = karun("run", "--session", "default", "-w", "n1", "--outdir", str(full), "echo", "hi")
+    assert (found.returncode, found.stdout) == (1, b"")
+    assert found.stderr == b"karun: cannot write %s: No space left on device\n" % bytes(full / "n1")
+    assert karun("run", "--session", "default", "true").returncode == 0
+
+
+def test_when_nobody_reads_the_command_is_stopped(karun: Shell) -> None:
+    user = karun.start("run", "--session", "default", "-w", "n1", "yes")
+    assert user.stdout is not None
+    assert user.stdout.read(6) == b"n1: y\n"
+    user.stdout.close()
+    assert user.wait(30) == 141
+
+
+def test_an_interruption_prints_what_was_gathered_and_names_the_rest(karun: Shell) -> None:
+    script = "echo out; echo ready >&2; exec sleep 1000"
+    command = karun.command("run", "--session", "default", "-b", "-w", "n1", "sh", "-c", script)
+    user = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, env=karun.env)  # fmt: skip
+    assert user.stderr is not None
+    assert user.stderr.readline() == b"n1: ready\n"
+    user.send_signal(signal.SIGINT)
+    out, err = user.communicate(timeout=30)
+    assert user.returncode == 130
+    assert out.splitlines()[-1] == b"out"
+    assert err == b"karun: n1: no result\n"
 
 
 def is_running(pid: str) -> bool:

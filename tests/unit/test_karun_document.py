@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from karun import cli, client
+from karun import cli
 from karun.agent import frames
 from karun.lines import STDOUT
 from karun.nodes import Names
@@ -88,11 +88,3 @@ def test_every_frame_is_documented() -> None:
     assert (frames.CALL, frames.RECALL) == (7, 9)
     assert (frames.ASK, frames.RETURN, frames.SETTLED, frames.CANNOT) == (20, 21, 22, 23)
     assert (frames.PROVE, frames.CHALLENGE, frames.ACCEPT) == (31, 32, 33)
-
-
-def test_a_session_takes_the_options_of_the_command_line() -> None:
-    """The light parser and the whole one name the same options alike."""
-    options = {name for one in cli.run.params for name in one.opts}
-    light = {f"-{letter}" for letter in client._SHORT.replace(":", "")}
-    light |= {"--" + name.removesuffix("=") for name in client._LONG}
-    assert light <= options

@@ -17,7 +17,8 @@ from common.errors import Code, KaError
 from karun.lines import LINE_SIZE_MAX, STDERR, STDOUT
 from karun.nodes import Names
 from karun.output import Form, Printer, Style, make_printer, wants_colour
-from karun.sinks import OPEN_COUNT_MAX, NodeFiles, Terminal
+from karun.sinks import OPEN_COUNT_MAX, NodeFiles
+from karun.terminal import Terminal
 
 NODES = Names([f"node{n}" for n in range(1, 9)])
 
