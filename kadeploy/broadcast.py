@@ -10,6 +10,7 @@ A node that cannot be started is left out; one that is lost on the way costs its
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -117,7 +118,10 @@ async def broadcast(
     await trio.to_thread.run_sync(source.scan)
     sockets = listen(f"{listen_on}:0")
     host, port = sockets[0].getsockname()[:2]
-    async with trio.open_nursery() as nursery:
+    async with contextlib.AsyncExitStack() as stack:
+        for sock in sockets:
+            stack.enter_context(sock)
+        nursery = await stack.enter_async_context(trio.open_nursery())
         for one in receivers.values():
             nursery.start_soon(one.run, report)
         for one in receivers.values():
@@ -125,8 +129,6 @@ async def broadcast(
         there = [one for one in receivers.values() if one.address]
         if not there:
             source.close()
-            for sock in sockets:
-                sock.close()
             return
         network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
         choice = make_plan(Request(source.size, (len(there),), network)).chosen

@@ -37,6 +37,8 @@ from kadeploy.steps import MicroStep
 __all__ = ["Deployer", "Target", "plan_for"]
 
 POLL_S = 1.0
+GONE_POLL_COUNT = 10
+"""Unanswered in a row: it has left the deployment environment, no single packet was lost."""
 _logger = log.get("kadeploy.deploying")
 
 
@@ -115,6 +117,7 @@ class Deployer:
             "finish": self._finish,
             "start": self._start,
             "wait-system": self._wait_system,
+            "wait-gone": self._wait_gone,
             "hook": self._hook,
         }
 
@@ -233,6 +236,27 @@ class Deployer:
             return fresh and one.token == self._target.token
 
         await self._until(machine, there)
+
+    async def _wait_gone(self, step: MicroStep, machine: _Machine) -> None:
+        """Wait until the deployment environment is gone and nothing that we know came instead.
+
+        A Windows says no more: its first start takes minutes, and it has no root.
+        """
+        silent_count = 0
+        while silent_count < GONE_POLL_COUNT:
+            await trio.sleep(POLL_S)
+            try:
+                there = await machine.link.identify()
+            except KaError as error:
+                if error.code not in (Code.UNREACHABLE, Code.PROTOCOL):
+                    raise
+                silent_count += 1
+                continue
+            silent_count = 0
+            machine.boot_id = machine.boot_id or there.boot_id
+            if there.boot_id != machine.boot_id:
+                what = "the deployment environment" if there.deployment_environment else "a Linux"
+                raise KaError(Code.EIO, f"what started is {what}, not the system to be started")
 
     # ------------------------------------------------------------ yours
 

@@ -122,7 +122,9 @@ class PartitionSpec:
     mount: str | None = None
     options: str = "defaults"
     guid: str | None = None
-    """GPT only; a Windows boot store refers to it, so it is kept."""
+    """GPT only; to be kept, for a Windows boot store refers to it; else one is made per node."""
+    image_guid: str | None = None
+    """GPT only: what the images call this partition, where that is not `guid`."""
     bootable: bool = False
 
     @property
@@ -142,8 +144,9 @@ class PartitionSpec:
             raise ValueError(f"partition {self.name}: not a mount point: {self.mount!r}")
         if not re.fullmatch(r"[!-~]+", self.options):
             raise ValueError(f"partition {self.name}: not mount options: {self.options!r}")
-        if self.guid is not None and not _GUID.fullmatch(self.guid):
-            raise ValueError(f"partition {self.name}: not a GUID: {self.guid!r}")
+        for guid in (self.guid, self.image_guid):
+            if guid is not None and not _GUID.fullmatch(guid):
+                raise ValueError(f"partition {self.name}: not a GUID: {guid!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +155,8 @@ class DiskSpec:
     label: Label = Label.GPT
     disk_id: str | None = None
     """A GUID (GPT) or 0x and eight digits (MBR) to be kept; else one is made per node."""
+    image_disk_id: str | None = None
+    """GPT only: what the images call this disk, where that is not `disk_id`."""
     min_size: Annotated[int, SIZE] = 0
     partitions: tuple[PartitionSpec, ...] = ()
 
@@ -165,9 +170,13 @@ class DiskSpec:
         pattern = _GUID if self.label is Label.GPT else _MBR_ID
         if self.disk_id is not None and not pattern.fullmatch(self.disk_id):
             raise ValueError(f"disk {self.name}: not an id of a {self.label.value} disk")
+        if self.image_disk_id is not None and not _GUID.fullmatch(self.image_disk_id):
+            raise ValueError(f"disk {self.name}: not a GUID: {self.image_disk_id!r}")
         if self.label is Label.MBR:
+            if self.image_disk_id is not None:
+                raise ValueError(f"disk {self.name}: image_disk_id needs a GPT disk")
             for part in self.partitions:
-                if part.guid is not None:
+                if (part.guid or part.image_guid) is not None:
                     raise ValueError(f"partition {part.name}: a guid needs a GPT disk")
                 if part.type in (PartitionType.BIOS_BOOT, PartitionType.MSR):
                     raise ValueError(f"partition {part.name}: {part.type.value} needs a GPT disk")
@@ -289,6 +298,17 @@ class Environment:
             self._validate_root(system)
         mounts = [part.mount for _, part in self.partitions() if part.mount is not None]
         _unique(mounts, "mount point")
+        _unique(self._guids(), "GUID")
+
+    def _guids(self) -> Iterator[str]:
+        """Yield each disk's and partition's own GUIDs, new and old.
+
+        Were one's new GUID another's old one, orders carried out twice would mix them up.
+        """
+        pairs = [(disk.disk_id, disk.image_disk_id) for disk in self.disks]
+        pairs += [(part.guid, part.image_guid) for _, part in self.partitions()]
+        for pair in pairs:
+            yield from {guid.lower() for guid in pair if guid is not None}
 
     def _validate_images(self) -> None:
         disks = {disk.name: disk for disk in self.disks}

@@ -32,8 +32,8 @@ __all__ = ["PACKAGES", "Request", "make_environment", "make_site", "pack_root"]
 PACKAGES = (
     "busybox", "btrfs-progs", "dosfstools", "e2fsprogs", "efibootmgr", "fdisk",
     "grub-efi-amd64-bin", "grub-pc-bin", "grub2-common", "iproute2", "kexec-tools", "kmod",
-    "libpython3-stdlib", "ntfs-3g", "openssh-server", "partclone", "python3-minimal",
-    "udev", "wimtools", "xfsprogs", "xz-utils",
+    "libpython3-stdlib", "ntfs-3g", "openssh-server", "partclone", "python3-hivex",
+    "python3-minimal", "udev", "wimtools", "xfsprogs", "xz-utils",
     "zstd",
 )  # fmt: skip
 LIBRARIES = ("attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio", "xxhash")

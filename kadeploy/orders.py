@@ -21,6 +21,9 @@ __all__ = [
     "TOKEN_PATH",
     "Customize",
     "Format",
+    "HiveEdit",
+    "HiveValue",
+    "IdChange",
     "InstallBoot",
     "MountPoint",
     "NewFile",
@@ -104,8 +107,40 @@ class NewFile:
 
 
 @dataclass(frozen=True, slots=True)
+class HiveValue:
+    """A string in a registry of Windows."""
+
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class IdChange:
+    """A disk's or partition's GUID in an image, and what it is on this node: maybe the same."""
+
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class HiveEdit:
+    """Change a key of a registry hive: set strings in it, make it name this node's disks."""
+
+    path: str
+    key: str
+    """Words between backslashes; `CurrentControlSet` is the one that Windows boots."""
+    values: tuple[HiveValue, ...] = ()
+    ids: tuple[IdChange, ...] = ()
+    """Changed in all binary values of the key and below it."""
+    ids_needed: bool = False
+    """That none of them is there is an error: the hive is of another disk."""
+    drop_others: bool = False
+    """Binary values that hold none of them go."""
+
+
+@dataclass(frozen=True, slots=True)
 class Customize:
-    """Put files into the new system, take some away, run scripts in it (chroot)."""
+    """Put files into the new system, take some away, run scripts in it (chroot), edit hives."""
 
     mounts: tuple[MountPoint, ...]
     remove: tuple[str, ...]
@@ -114,6 +149,7 @@ class Customize:
     scripts: tuple[NewFile, ...]
     ssh_host_keys: bool = False
     """Make the machine's own."""
+    hives: tuple[HiveEdit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +196,9 @@ _NESTED: dict[str, type[Any]] = {
     "mounts": MountPoint,
     "files": NewFile,
     "scripts": NewFile,
+    "hives": HiveEdit,
+    "values": HiveValue,
+    "ids": IdChange,
 }
 
 

@@ -186,5 +186,8 @@ def render_sfdisk(layout: DiskLayout) -> str:
             words += [f"uuid={one.part_uuid.upper()}", f'name="{one.spec.name}"']
         if one.spec is not None and one.spec.bootable:
             words.append('attrs="LegacyBIOSBootable"' if gpt else "bootable")
+        elif one.spec is not None and one.spec.type is PartitionType.RECOVERY and gpt:
+            # Windows leaves it alone and gives it no letter.
+            words.append('attrs="RequiredPartition GUID:63"')
         lines.append(f"{one.number} : {', '.join(words)}")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ Not here: reading files and asking nodes (deploying.py), what the times of steps
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from common.errors import Code, KaError
 from kadeploy import postinstall
@@ -19,6 +19,7 @@ from kadeploy.environment import (
     Environment,
     Firmware,
     Image,
+    ImageKind,
     Loader,
     OsKind,
     PartitionType,
@@ -101,10 +102,11 @@ def make_plan(
     for layout in layouts:
         if script := render_sfdisk(layout):
             prepare.append(Partition(_whole(layout), script))
-    prepare += _formats(layouts)
+    prepare += _formats(layouts, _brought(environment))
     images = [_image_job(image, layouts) for image in environment.images()]
     finish: list[Order] = []
-    for system in environment.systems:
+    # The default's boot entry is made last: so it comes first in the firmware's order.
+    for system in sorted(environment.systems, key=lambda one: one is environment.default_system):
         finish += _finish(environment, system, node, nodes, layouts, facts, read, token)
     stored = sum(stored_sizes.get(image.file, 0) for image in environment.images())
     written = max(environment.image_size, stored)
@@ -130,7 +132,7 @@ def _layouts(environment: Environment, node: NodeSpec, facts: Facts) -> list[Dis
         whole = sum(image.size for image in environment.images() if image.disk == spec.name)
         disk = select_disk(node, spec, facts.disks, max(size_needed(spec), whole))
         identity = f"{environment.name}/{node.name}/{disk.serial}"
-        layouts.append(lay_out(spec, disk, identity))
+        layouts.append(_unnamed(lay_out(spec, disk, identity), _brought(environment)))
     for image in environment.images():
         _, placed = _placed(layouts, image)
         if placed is not None and image.size > placed.size:
@@ -140,6 +142,21 @@ def _layouts(environment: Environment, node: NodeSpec, facts: Facts) -> list[Dis
                 f" {image.partition} has {placed.size}",
             )
     return layouts
+
+
+def _brought(environment: Environment) -> set[str]:
+    """Return the partitions whose file system an image brings: nothing is to be made there."""
+    kinds = (ImageKind.RAW, ImageKind.PARTCLONE)
+    return {one.partition for one in environment.images() if one.partition and one.kind in kinds}
+
+
+def _unnamed(layout: DiskLayout, brought: set[str]) -> DiskLayout:
+    """Forget file systems' identifiers that only an image knows."""
+    placed = tuple(
+        replace(one, filesystem_uuid="") if one.spec and one.spec.name in brought else one
+        for one in layout.partitions
+    )
+    return replace(layout, partitions=placed)
 
 
 def _placed(layouts: Sequence[DiskLayout], image: Image) -> tuple[DiskLayout, Placed | None]:
@@ -160,11 +177,11 @@ def _part(layout: DiskLayout, placed: Placed) -> Place:
     return Place(disk.path, disk.serial, disk.size, placed.number, placed.start, placed.size)
 
 
-def _formats(layouts: Sequence[DiskLayout]) -> list[Order]:
+def _formats(layouts: Sequence[DiskLayout], brought: set[str]) -> list[Order]:
     made: list[Order] = []
     for layout in layouts:
         for one in layout.partitions:
-            if one.spec is None:
+            if one.spec is None or one.spec.name in brought:
                 continue
             kind = one.spec.filesystem
             if kind is not None:
@@ -191,6 +208,11 @@ def _image_job(image: Image, layouts: Sequence[DiskLayout]) -> ImageJob:
     )
 
 
+def _mount(layout: DiskLayout, placed: Placed, path: str) -> MountPoint:
+    kind = placed.spec.format if placed.spec is not None else None
+    return MountPoint(_part(layout, placed), path, kind.value if kind is not None else "")
+
+
 def _mounts(
     environment: Environment, system: System, layouts: Sequence[DiskLayout]
 ) -> tuple[MountPoint, ...]:
@@ -202,13 +224,22 @@ def _mounts(
         for one in layout.partitions:
             if one.spec is None:
                 continue
-            path = "/" if one.spec.name == root.name else one.spec.mount
-            other = one.spec.mount is None or system.os is not OsKind.LINUX
-            if path is None or (path != "/" and other):
-                continue
-            kind = one.spec.format.value if one.spec.format is not None else ""
-            found.append(MountPoint(_part(layout, one), path, kind))
+            if one.spec.name == root.name:
+                found.append(_mount(layout, one, "/"))
+            elif system.os is OsKind.LINUX and one.spec.mount and one.spec.mount != "/":
+                found.append(_mount(layout, one, one.spec.mount))
     return tuple(sorted(found, key=lambda mount: mount.path))
+
+
+def _esp(
+    environment: Environment, system: System, layouts: Sequence[DiskLayout]
+) -> tuple[DiskLayout, Placed | None]:
+    """Return the disk that a system is on, and the EFI system partition there."""
+    root = environment.root_of(system)
+    assert root is not None, "whole-disk systems bring what they boot with"
+    layout = next(one for one in layouts if one.named(root.name))
+    found = (one for one in layout.partitions if one.spec and one.spec.type is PartitionType.ESP)
+    return layout, next(found, None)
 
 
 def _finish(
@@ -232,7 +263,17 @@ def _finish(
     if system.os is OsKind.LINUX:
         files = (*files, NewFile.of(TOKEN_PATH, f"{token}\n".encode()))
     if files or system.post_install:
-        made.append(Customize(mounts, custom.remove, files, custom.scripts, custom.ssh_host_keys))
+        made.append(
+            Customize(
+                mounts, custom.remove, files, custom.scripts, custom.ssh_host_keys, custom.hives
+            )
+        )
+    if custom.esp_hives:
+        layout, esp = _esp(environment, system, layouts)
+        if esp is None:
+            raise KaError(Code.USAGE, f"system {system.name}: a boot store is on an esp partition")
+        mount = _mount(layout, esp, "/")
+        made.append(Customize((mount,), (), (), (), hives=custom.esp_hives))
     if boot := _boot(environment, system, layouts, facts, mounts):
         made.append(boot)
     return made
@@ -249,10 +290,7 @@ def _boot(
     firmware = facts.firmware if spec.firmware is Firmware.AUTO else spec.firmware
     if spec.loader is Loader.NONE and not spec.efi_path:
         return None
-    root = environment.root_of(system)
-    assert root is not None
-    layout = next(one for one in layouts if one.named(root.name))
-    esp = next((p for p in layout.partitions if p.spec and p.spec.type is PartitionType.ESP), None)
+    layout, esp = _esp(environment, system, layouts)
     if firmware is Firmware.UEFI and esp is None:
         raise KaError(Code.USAGE, f"system {system.name}: a UEFI machine needs an esp partition")
     grub = spec.loader is Loader.GRUB

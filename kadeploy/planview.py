@@ -76,6 +76,9 @@ def describe(plan: NodePlan, *, script: bool = True) -> Iterator[str]:
                 yield f"  script {new.path}"
             for pattern in order.remove:
                 yield f"  remove /{pattern}"
+            for edit in order.hives:
+                names = ", ".join(one.name for one in edit.values)
+                yield f"  registry {edit.path}: {edit.key}" + (f": {names}" if names else "")
         if isinstance(order, InstallBoot):
             how = "GRUB" if order.grub else order.efi_path
             where = f" with a firmware entry {order.title!r}" if order.firmware == "uefi" else ""

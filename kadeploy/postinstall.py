@@ -1,48 +1,25 @@
 """Post-install: what makes a copy of a system this node's own.
 
-Pure: the environment's steps and a node in, files, removals and scripts out.  Templates are
-jinja2's, strict: a word that is not defined stops the plan, before any disk is touched, instead of
-leaving a hole in a configuration file.  What ends in .xml is escaped for XML.  Templates run in
-jinja2's sandbox, for they may come from users.
+Pure: the environment's steps and a node in, files, removals, scripts and registry edits out.
+Templates and what they may do: `builtin.py`.
 
-Built-ins: hostname, hosts, network (systemd-networkd), ssh-keys, ssh-host-keys, fstab, machine-id,
-unattend (Windows), setup-complete (Windows).
+Built-ins here: hostname, hosts, network (systemd-networkd), ssh-keys, ssh-host-keys, fstab,
+machine-id.  Those for Windows are in `windows.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import jinja2
-from jinja2.sandbox import SandboxedEnvironment
+from collections.abc import Callable, Sequence
 
 from common.errors import Code, KaError
+from kadeploy import windows
+from kadeploy.builtin import Customization, Work, rendered
 from kadeploy.environment import Filesystem, PartitionSpec, PartitionType, PostStep
 from kadeploy.nodes import Nodes, NodeSpec
 from kadeploy.orders import NewFile
 from kadeploy.partitions import DiskLayout, Placed
 
-__all__ = ["BUILTINS", "Customization", "fstab", "render"]
-
-
-@dataclass(frozen=True, slots=True)
-class Customization:
-    files: tuple[NewFile, ...] = ()
-    remove: tuple[str, ...] = ()
-    scripts: tuple[NewFile, ...] = ()
-    ssh_host_keys: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class _Work:
-    """What the built-ins render from."""
-
-    node: NodeSpec
-    nodes: Nodes
-    fstab: str
-    context: Mapping[str, Any]
+__all__ = ["BUILTINS", "fstab", "render"]
 
 
 def render(
@@ -78,14 +55,14 @@ def render(
             if one.spec is not None
         },
     }
-    work = _Work(node, nodes, fstab(layouts), context)
+    work = Work(node, nodes, layouts, context)
     made = Customization()
     for step in steps:
-        made = _joined(made, _one(step, work, read))
+        made = made.joined(_one(step, work, read))
     return made
 
 
-def _one(step: PostStep, work: _Work, read: Callable[[str], str]) -> Customization:
+def _one(step: PostStep, work: Work, read: Callable[[str], str]) -> Customization:
     if step.builtin is not None:
         if step.builtin not in BUILTINS:
             names = ", ".join(sorted(BUILTINS))
@@ -93,35 +70,12 @@ def _one(step: PostStep, work: _Work, read: Callable[[str], str]) -> Customizati
         return BUILTINS[step.builtin](work)
     if step.template is not None:
         assert step.dest is not None, "validated"
-        text = _rendered(step.template, read(step.template), work.context)
-        dest = _rendered(step.template, step.dest, work.context)
+        text = rendered(step.template, read(step.template), work.context)
+        dest = rendered(step.template, step.dest, work.context)
         return Customization(files=(NewFile.of(dest, text.encode(), int(step.mode, 8)),))
     assert step.script is not None, "validated"
-    text = _rendered(step.script, read(step.script), work.context)
+    text = rendered(step.script, read(step.script), work.context)
     return Customization(scripts=(NewFile.of(step.script, text.encode(), 0o700),))
-
-
-def _rendered(name: str, text: str, context: Mapping[str, Any]) -> str:
-    engine = SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined,
-        autoescape=name.removesuffix(".j2").endswith(".xml"),
-        keep_trailing_newline=True,
-    )
-    try:
-        return engine.from_string(text).render(context)
-    except jinja2.TemplateSyntaxError as error:
-        raise KaError(Code.USAGE, f"{name}: line {error.lineno}: {error.message}") from None
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
-        raise KaError(Code.USAGE, f"{name}: {error}") from None
-
-
-def _joined(one: Customization, two: Customization) -> Customization:
-    return Customization(
-        one.files + two.files,
-        one.remove + two.remove,
-        one.scripts + two.scripts,
-        one.ssh_host_keys or two.ssh_host_keys,
-    )
 
 
 # ---------------------------------------------------------------- built-ins
@@ -153,11 +107,11 @@ def _fstab_line(one: Placed, part: PartitionSpec) -> list[str]:
     return [f"{source} {part.mount} {kind} {part.options} 0 {check}"]
 
 
-def _hostname(work: _Work) -> Customization:
+def _hostname(work: Work) -> Customization:
     return Customization(files=(NewFile.of("/etc/hostname", f"{work.node.name}\n".encode()),))
 
 
-def _hosts(work: _Work) -> Customization:
+def _hosts(work: Work) -> Customization:
     names = f"{work.node.name}.{work.nodes.domain} {work.node.name}"
     own = names if work.nodes.domain else work.node.name
     lines = ["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"]
@@ -166,7 +120,7 @@ def _hosts(work: _Work) -> Customization:
     return Customization(files=(NewFile.of("/etc/hosts", ("\n".join(lines) + "\n").encode()),))
 
 
-def _network(work: _Work) -> Customization:
+def _network(work: Work) -> Customization:
     node = work.node
     match = f"MACAddress={node.mac}" if node.mac else "Type=ether"
     lines = ["# Written by kadeploy.", "[Match]", match, "", "[Network]"]
@@ -190,60 +144,35 @@ ln -sf /lib/systemd/system/systemd-networkd.service {wants}
     )
 
 
-def _ssh_keys(work: _Work) -> Customization:
+def _ssh_keys(work: Work) -> Customization:
     if not work.nodes.ssh_keys:
         raise KaError(Code.USAGE, "built-in ssh-keys: the nodes file has no ssh_keys")
     text = "".join(f"{key}\n" for key in work.nodes.ssh_keys)
     return Customization(files=(NewFile.of("/root/.ssh/authorized_keys", text.encode(), 0o600),))
 
 
-def _ssh_host_keys(_: _Work) -> Customization:
+def _ssh_host_keys(_: Work) -> Customization:
     return Customization(remove=("etc/ssh/ssh_host_*_key*",), ssh_host_keys=True)
 
 
-def _fstab(work: _Work) -> Customization:
-    return Customization(files=(NewFile.of("/etc/fstab", work.fstab.encode()),))
+def _fstab(work: Work) -> Customization:
+    return Customization(files=(NewFile.of("/etc/fstab", fstab(work.layouts).encode()),))
 
 
-def _machine_id(_: _Work) -> Customization:
+def _machine_id(_: Work) -> Customization:
     # Empty: systemd makes one at the first boot.
     return Customization(
         files=(NewFile.of("/etc/machine-id", b"", 0o444),), remove=("var/lib/dbus/machine-id",)
     )
 
 
-_UNATTEND = """<?xml version="1.0" encoding="utf-8"?>
-<unattend xmlns="urn:schemas-microsoft-com:unattend">
-  <settings pass="specialize">
-    <component name="Microsoft-Windows-Shell-Setup" processorArchitecture="amd64"
-      publicKeyToken="31bf3856ad364e35" language="neutral" versionScope="nonSxS">
-      <ComputerName>{{ node.name }}</ComputerName>
-    </component>
-  </settings>
-</unattend>
-"""
-_SETUP_COMPLETE = "@echo off\necho deployed as {{ node.name }} > %SystemRoot%\\kadeploy.txt\n"
-
-
-def _unattend(work: _Work) -> Customization:
-    text = _rendered("unattend.xml", _UNATTEND, work.context)
-    return Customization(files=(NewFile.of("/Windows/Panther/unattend.xml", text.encode()),))
-
-
-def _setup_complete(work: _Work) -> Customization:
-    text = _rendered("SetupComplete.cmd", _SETUP_COMPLETE, work.context).replace("\n", "\r\n")
-    path = "/Windows/Setup/Scripts/SetupComplete.cmd"
-    return Customization(files=(NewFile.of(path, text.encode()),))
-
-
-BUILTINS: dict[str, Callable[[_Work], Customization]] = {
+BUILTINS: dict[str, Callable[[Work], Customization]] = {
     "fstab": _fstab,
     "hostname": _hostname,
     "hosts": _hosts,
     "machine-id": _machine_id,
     "network": _network,
-    "setup-complete": _setup_complete,
     "ssh-host-keys": _ssh_host_keys,
     "ssh-keys": _ssh_keys,
-    "unattend": _unattend,
+    **windows.BUILTINS,
 }

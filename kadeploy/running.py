@@ -15,6 +15,7 @@ from pathlib import Path
 from common.errors import Code, KaError
 from kadeploy import descriptions
 from kadeploy.deploying import Deployer, Target
+from kadeploy.environment import OsKind
 from kadeploy.head import Head, Steps
 from kadeploy.settings import Settings
 from kadeploy.steps import Workflow, default_workflow, with_hooks
@@ -78,7 +79,8 @@ def begin(store: Store, settings: Settings, request: Request, now_ms: int) -> in
 def _workflow(settings: Settings, target: Target, breakpoints: Sequence[str]) -> Workflow:
     count = len(list(target.environment.images()))
     powered = any(node.power for node in target.nodes.nodes)
-    options = replace(settings.workflow, image_count=count, powered=powered)
+    asked = target.environment.default_system.os is OsKind.LINUX
+    options = replace(settings.workflow, image_count=count, powered=powered, asked=asked)
     workflow = with_hooks(default_workflow(options), settings.hook)
     return replace(workflow, breakpoints=tuple(breakpoints))
 

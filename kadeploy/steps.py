@@ -212,6 +212,8 @@ class Options:
     kexec: bool = False
     powered: bool = True
     """There are ways to power nodes besides asking them."""
+    asked: bool = True
+    """The system that starts can be asked who it is: a Windows cannot."""
     boot_timeout_ms: int = 200 * SECOND
     boot_per_node_ms: int = 500
     send_timeout_ms: int = 3600 * SECOND
@@ -283,12 +285,14 @@ def _write(options: Options) -> tuple[Implementation, ...]:
 
 def _leave(options: Options) -> tuple[Implementation, ...]:
     set_boot = _set_boot("boot-deployed", "deployed")
-    wait = _wait("wait-system", options)
+    wait = _wait("wait-system" if options.asked else "wait-gone", options)
     start = MicroStep("restart", "start", 60 * SECOND, arguments=("reboot",), window="reboot")
     made = [Implementation("reboot", (set_boot, start, wait))]
     if options.kexec:
         kexec = replace(start, name="kexec", arguments=("kexec",))
         made.insert(0, Implementation("kexec", (set_boot, kexec, wait)))
+    if not options.asked:
+        return tuple(made)  # what sets itself up, unseen, must not be switched off
     made += [
         Implementation(f"power-{level}", (set_boot, _reboot("power-cycle", level), wait))
         for level in options.levels

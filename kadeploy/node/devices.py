@@ -134,9 +134,15 @@ def mounted(mounts: Sequence[MountPoint], root: Path) -> Iterator[Path]:
                 raise KaError(Code.EIO, f"mount point {one.path} leads out of the new system")
             point.mkdir(parents=True, exist_ok=True)
             if one.filesystem == "ntfs":
-                run(["ntfs-3g", "-o", "streams_interface=xattr", device, str(point)])
+                # As Windows does, without regard to case: there must not be a second /windows.
+                run(["lowntfs-3g", "-o", "streams_interface=xattr,ignore_case", device, str(point)])
             else:
                 kind = ["-t", one.filesystem] if one.filesystem else []
                 run(["mount", *kind, device, str(point)])
             stack.callback(run, ["umount", str(point)])
+            if one.filesystem == "ntfs" and os.statvfs(point).f_flag & os.ST_RDONLY:
+                raise KaError(
+                    Code.USAGE,
+                    "this Windows was not shut down whole (fast start is not): record it again",
+                )
         yield root

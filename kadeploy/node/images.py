@@ -208,6 +208,8 @@ def _write_partclone(order: WriteImage, stream: IO[bytes], device: str) -> dict[
             pass  # it gave up; the stream's own sum comes first
     if restore.returncode != 0:
         raise _program_failed(restore, said)
+    if order.filesystem == "ntfs":
+        _copy_boot_sector(device)
     with open(device, "rb") as disk:
         _drop_cache(disk.fileno())
     name = f"partclone.{_partclone_kind(order.filesystem)}"
@@ -221,6 +223,15 @@ def _write_partclone(order: WriteImage, stream: IO[bytes], device: str) -> dict[
     if there.digest() != sent.digest():
         raise KaError(Code.EIO, f"{device}: what is read back is not the image")
     return {"size": sent.size, "verified": "read-back"}
+
+
+def _copy_boot_sector(device: str) -> None:
+    """Put NTFS' spare boot sector into the partition's last one, which partclone leaves out."""
+    with open(device, "r+b", buffering=0) as disk:
+        head = disk.read(4096)
+        sector_size = int.from_bytes(head[11:13], "little")
+        disk.seek(-sector_size, os.SEEK_END)
+        _write_all(disk, head[:sector_size])
 
 
 def _partclone_kind(filesystem: str) -> str:

@@ -8,18 +8,20 @@ points to, never into the deployment environment.
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import Code, KaError
 from kadeploy import bootentries
-from kadeploy.node import devices
+from kadeploy.node import devices, hives
 from kadeploy.node.devices import run
 from kadeploy.orders import Customize, Format, InstallBoot, NewFile, Partition, Start
 
@@ -71,6 +73,9 @@ def customize(order: Customize, root: Path) -> None:
                     run(["chroot", str(directory), "ssh-keygen", "-A"])
                 for script in order.scripts:
                     _run_script(directory, script)
+        if order.hives:
+            with tempfile.TemporaryDirectory(prefix="kadeploy-") as scratch:
+                hives.edit_all(order.hives, functools.partial(_in_chroot, directory), Path(scratch))
 
 
 def _put_files(order: Customize) -> None:

@@ -22,7 +22,7 @@ from kadeploy.environment import MIB
 from kadeploy.nodes import NodeDisk, Nodes, NodeSpec
 from kadeploy.orders import Customize, NewFile, Partition, Place, WriteImage, to_json
 from kadeploy.plan import NodePlan, make_plan
-from tests.support.loop_disk import Node, checksum, lacking, loop_disk, run
+from tests.support.loop_disk import Node, checksum, lacking, loop_disk, partition, run
 
 _WHY = lacking("losetup", "sfdisk", "mkfs.ext4", "zstd")
 pytestmark = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
@@ -109,14 +109,12 @@ def looking_into(place: Place, directory: Path) -> Iterator[Path]:
     """Mount what was written, by means of our own, for looking at it."""
     point = directory / "look"
     point.mkdir(exist_ok=True)
-    words = ["losetup", "--find", "--show", "--read-only", f"--offset={place.start}"]
-    device = run(*words, f"--sizelimit={place.size}", place.disk).strip()
-    run("mount", "-o", "ro", device, point)
-    try:
-        yield point
-    finally:
-        run("umount", point)
-        run("losetup", "--detach", device)
+    with partition(place) as device:
+        run("mount", "-o", "ro", device, point)
+        try:
+            yield point
+        finally:
+            run("umount", point)
 
 
 @pytest.mark.parametrize(("label", "compression"), [("gpt", "zstd"), ("mbr", "none")])

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kadeploy.orders import Order, to_json
+from kadeploy.orders import Order, Place, to_json
 
-_PROGRAM = ("unshare", "--mount", sys.executable, "-m", "kadeploy.node")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
@@ -46,11 +45,24 @@ def loop_disk(path: Path, size: int) -> Iterator[str]:
         run("losetup", "--detach", device)
 
 
+@contextmanager
+def partition(place: Place, *, read_only: bool = True) -> Iterator[str]:
+    """Yield a device for a partition, made by means of our own."""
+    words = ["losetup", "--find", "--show", f"--offset={place.start}", f"--sizelimit={place.size}"]
+    device = run(*words, *(["--read-only"] if read_only else []), place.disk).strip()
+    try:
+        yield device
+    finally:
+        run("losetup", "--detach", device)
+
+
 class Node:
     """Starts the node's program as the head does, but without ssh."""
 
-    def __init__(self, directory: Path) -> None:
-        self._environment = {
+    def __init__(self, directory: Path, python: str = sys.executable) -> None:
+        """*python*: the deployment environment's, where a Debian library is wanted."""
+        self._program = ("unshare", "--mount", python, "-m", "kadeploy.node")
+        self.environment = {
             **os.environ,
             "PATH": PATH,
             "KADEPLOY_ROOT": str(directory / "root"),
@@ -58,12 +70,12 @@ class Node:
 
     def start(self, verb: str) -> subprocess.Popen[bytes]:
         """Start the program with pipes."""
-        words = [*_PROGRAM, verb]
-        return subprocess.Popen(words, stdin=-1, stdout=-1, env=self._environment)
+        words = [*self._program, verb]
+        return subprocess.Popen(words, stdin=-1, stdout=-1, env=self.environment)
 
     def ask(self, verb: str, stdin: bytes = b"") -> dict[str, Any]:
-        words = [*_PROGRAM, verb]
-        done = subprocess.run(words, input=stdin, capture_output=True, env=self._environment)
+        words = [*self._program, verb]
+        done = subprocess.run(words, input=stdin, capture_output=True, env=self.environment)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer

@@ -51,8 +51,9 @@ STRANGERS = ("nfsp.mds", "nfsp.iod", "nfsp.client")
 # Libraries that one module wraps for all others.  click is apart: see `_may_import_click`.
 ONLY_IMPORTER: dict[str, str | None] = {
     "h11": "kaboot/http.py",
+    "hivex": "kadeploy/node/hives.py",
     "hypercorn": "kadeploy/serve.py",
-    "jinja2": "kadeploy/postinstall.py",
+    "jinja2": "kadeploy/builtin.py",
     "lmdb": "nfsp/mds/lmdb_store.py",
     "msgpack": "common/codec.py",
     "paramiko": "karun/ssh.py",
@@ -108,6 +109,7 @@ PURE: frozenset[str] = frozenset(
         "kaboot/steps.py",
         "kaboot/words.py",
         "kadeploy/bootentries.py",
+        "kadeploy/builtin.py",
         "kadeploy/disks.py",
         "kadeploy/environment.py",
         "kadeploy/nodes.py",
@@ -119,6 +121,7 @@ PURE: frozenset[str] = frozenset(
         "kadeploy/power.py",
         "kadeploy/rights.py",
         "kadeploy/steps.py",
+        "kadeploy/windows.py",
         "kadeploy/workflow.py",
         "karun/agent/barrier.py",
         "karun/agent/frames.py",

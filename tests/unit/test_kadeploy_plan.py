@@ -253,20 +253,22 @@ def test_grub_by_bios_on_gpt_without_its_partition_is_refused() -> None:
 
 def test_the_default_system_of_a_dual_boot_is_next() -> None:
     boots = [one for one in plan(deploy.DUAL).finish if isinstance(one, orders.InstallBoot)]
-    assert [(one.title, one.boot_next) for one in boots] == [("debian", True), ("Windows", False)]
-    assert boots[1].efi_path == "\\EFI\\Microsoft\\Boot\\bootmgfw.efi"
+    assert [(one.title, one.boot_next) for one in boots] == [("Windows", False), ("debian", True)]
+    assert boots[0].efi_path == "\\EFI\\Microsoft\\Boot\\bootmgfw.efi"
 
 
 # ---------------------------------------------------------------- post-install
 
 
-def custom(*steps: PostStep, texts: dict[str, str] | None = None) -> dict[str, str]:
+def custom(
+    *steps: PostStep, texts: dict[str, str] | None = None, description: str = deploy.LINUX
+) -> dict[str, str]:
     nodes = deploy.nodes()
     made = postinstall.render(
         steps,
         nodes.get("pc1"),
         nodes,
-        plan().layouts,
+        plan(description).layouts,
         environment="debian12",
         read=(texts or {}).__getitem__,
     )
@@ -284,7 +286,7 @@ def test_fstab_names_file_systems_not_devices() -> None:
 
 @pytest.mark.parametrize("builtin", sorted(postinstall.BUILTINS))
 def test_every_builtin_renders(builtin: str) -> None:
-    custom(PostStep(builtin=builtin))
+    custom(PostStep(builtin=builtin), description=deploy.DUAL)
 
 
 def test_a_name_in_xml_is_escaped() -> None:
