@@ -42,6 +42,9 @@ def loop_disk(path: Path, size: int) -> Iterator[str]:
     try:
         yield device
     finally:
+        # What a program that was killed has made on top keeps the disk busy.
+        for above in run("losetup", "-n", "-O", "NAME", "-j", device).split():
+            run("losetup", "--detach", above)
         run("losetup", "--detach", device)
 
 
