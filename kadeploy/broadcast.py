@@ -17,8 +17,10 @@ from pathlib import Path
 
 import trio
 
+from common import log
 from common.broadcast.cost import Network
 from common.broadcast.job import Job, encode_job
+from common.broadcast.node import HopOptions
 from common.broadcast.planner import Request, make_plan
 from common.broadcast.source import Source
 from common.broadcast.transfer import new_job, run_source
@@ -32,7 +34,13 @@ __all__ = ["Receiver", "broadcast"]
 LINK_RATE = 110e6
 LATENCY_S = 0.0002
 START_S = 30.0
+OPTIONS = HopOptions(
+    silence_s=5.0, attach_s=2.0, stall_s=30.0, join_s=10.0, lost_grace_s=10.0, quiet_s=300.0
+)
+"""A node unpacks, writes and reads back while it relays: it may be silent for seconds and be well,
+and what it reads back in the end may take it minutes."""
 LINE_SIZE_MAX = 1 << 20
+_logger = log.get("kadeploy.broadcast")
 
 
 class Receiver:
@@ -125,9 +133,14 @@ async def broadcast(
         network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
         choice = make_plan(Request(source.size, (len(there),), network)).chosen
         addresses = [f"{host}:{port}", *(one.address for one in there)]
-        job = new_job(choice.shape, addresses)
+        job = new_job(choice.shape, addresses, OPTIONS)
         for rank, one in enumerate(there, start=1):
             one.begin(job, rank)
-        await run_source(
+        summary = await run_source(
             job, source, sockets=sockets, name=image.name, chunk_size=choice.chunk_size
         )
+    for rank, one in enumerate(there, start=1):
+        if entry := summary.others.get(rank):
+            _logger.warning("send.failed", node=one.name, reason=entry.reason)
+        elif note := summary.notes.get(rank):
+            _logger.warning("send.noted", node=one.name, note=note)

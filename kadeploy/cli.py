@@ -392,7 +392,7 @@ def mkenv(
     packages: tuple[str, ...],
     kernel: str,
 ) -> None:
-    """Make the deployment environment: vmlinuz, initrd.gz and its host key, in DIRECTORY."""
+    """Make the deployment environment: vmlinuz, initrd.img and its host key, in DIRECTORY."""
     texts = tuple(descriptions.read_text(path).strip() for path in keys)
     request = EnvironmentRequest(directory, texts, suite, mirror, packages, kernel)
     for line in make_environment(request):

@@ -187,13 +187,14 @@ class Deployer:
         await self._orders(machine, (await self._plan(machine)).prepare)
 
     async def _orders(self, machine: _Machine, orders: Sequence[Order]) -> None:
-        for order in orders:
-            await machine.link.ask("do", order)
+        if orders:
+            await machine.link.ask("do", *orders)
 
     async def _stream(self, step: MicroStep, machine: _Machine) -> None:
         index = int(step.arguments[0])
         plan = await self._plan(machine)
-        await machine.link.ask("do", plan.images[index].order, self._target.image_path(index))
+        image = self._target.image_path(index)
+        await machine.link.ask("do", plan.images[index].order, image=image)
 
     async def _send(self, step: MicroStep, nodes: Sequence[str], report: Report) -> None:
         if not self._settings.listen:

@@ -20,12 +20,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
 from common import log
-from common.errors import KaError
+from common.errors import Code, KaError
 from kadeploy.steps import MicroStep
 from kadeploy.store import Store
 from kadeploy.workflow import Action, Cancel, Deployment, NodeState, Run, StepRecord
@@ -58,6 +58,13 @@ class _Running:
     open: set[str] = field(default_factory=set)
 
 
+class _Result(NamedTuple):
+    node: str
+    ticket: int
+    fault: str
+    final: bool
+
+
 class Head:
     def __init__(
         self,
@@ -76,7 +83,7 @@ class Head:
         self._steps = steps
         self._release = release
         self._on_change = on_change
-        self._results: list[tuple[str, int, str]] = []
+        self._results: list[_Result] = []
         self._wake = trio.Event()
         self._running: dict[int, _Running] = {}
 
@@ -119,11 +126,13 @@ class Head:
         results, self._results = self._results, []
         now_ms = _now_ms()
         actions: list[Action] = []
-        for node, ticket, fault in results:
-            running = self._running.pop(ticket, None)
+        for one in results:
+            running = self._running.pop(one.ticket, None)
             if running is not None:
-                running.open.discard(node)
-            actions += self._deployment.finished(node, ticket, now_ms, ok=not fault, reason=fault)
+                running.open.discard(one.node)
+            actions += self._deployment.finished(
+                one.node, one.ticket, now_ms, ok=not one.fault, reason=one.fault, final=one.final
+            )
         return actions + self._cancelled() + self._deployment.tick(now_ms)
 
     def _cancelled(self) -> list[Action]:
@@ -150,11 +159,12 @@ class Head:
 
     async def _run_step(self, action: Run, running: _Running) -> None:
         left = dict(running.tickets)
+        final = False
 
         def report(node: str, fault: str) -> None:
             ticket = left.pop(node, None)
             if ticket is not None:
-                self._results.append((node, ticket, fault))
+                self._results.append(_Result(node, ticket, fault, final))
                 self._wake.set()
 
         fault = "it ended without a word about this node"
@@ -163,6 +173,7 @@ class Head:
                 await self._steps.run(action.step, list(left), report)
             except KaError as error:
                 fault = str(error)
+                final = action.step.refusal_is_final and error.code is Code.USAGE
         if running.scope.cancelled_caught:
             fault = "cancelled"
         for node in list(left):

@@ -47,10 +47,11 @@ class Link(Protocol):
     async def identify(self) -> Identity:
         """Return what the node is; raises UNREACHABLE."""
 
-    async def ask(
-        self, verb: str, order: Order | None = None, image: Path | None = None
-    ) -> dict[str, Any]:
-        """Let the node's program do something; raises what it answers with."""
+    async def ask(self, verb: str, *orders: Order, image: Path | None = None) -> dict[str, Any]:
+        """Let the node's program do something; raises what it answers with.
+
+        *image*: what the last order writes.
+        """
 
     async def reboot(self) -> None:
         """Tell the system that runs there to reboot."""
@@ -110,14 +111,12 @@ class SshLink:
             raise KaError(Code.PROTOCOL, f"{self._address} does not say what it is")
         return Identity(lines[0] == "yes", lines[1].strip()[:200], lines[2].strip())
 
-    async def ask(
-        self, verb: str, order: Order | None = None, image: Path | None = None
-    ) -> dict[str, Any]:
+    async def ask(self, verb: str, *orders: Order, image: Path | None = None) -> dict[str, Any]:
         await self.push()
         async with self.started(verb) as process:
             assert process.stdin is not None
             with contextlib.suppress(trio.BrokenResourceError):  # its answer says why
-                if order is not None:
+                for order in orders:
                     await process.stdin.send_all(json.dumps(to_json(order)).encode() + b"\n")
                 if image is not None:
                     await _copy(image, process.stdin)
@@ -150,8 +149,11 @@ class SshLink:
 
     @asynccontextmanager
     async def started(self, *words: str) -> AsyncIterator[trio.Process]:
-        """Yield the node's program, started with pipes; killed if left early."""
-        command = ["python3", PROGRAM, *words]
+        """Yield the node's program, started with pipes; killed if left early.
+
+        It has mounts of its own, which end with its last process, however that ends.
+        """
+        command = ["unshare", "--mount", "python3", PROGRAM, *words]
         ssh = self._options.words(self._address, environment=self._environment)
         process = await trio.lowlevel.open_process(
             [*ssh, *command],

@@ -1,19 +1,18 @@
 """Making the deployment environment: a kernel, and a root in memory with all that a node needs.
 
-Three files come out.  `vmlinuz` and `initrd.gz` follow from packages and this version alone:
-file times are fixed, names sorted, no key in them; the same input gives the same bytes.  `site.gz`
+Three files come out.  `vmlinuz` and `initrd.img` follow from packages and this version alone:
+file times are fixed, names sorted, no key in them; the same input gives the same bytes.  `site.img`
 holds what is this site's: who may enter, and the host key by which the head knows the environment
 (`known_hosts`).  A boot loader appends it to the other.
 
 What travels over the network to be booted can be read there, the host key included: it keeps out
 mistakes, not somebody who listens.  Nothing in it opens any other door.
 
-Blocking; needs root, mmdebstrap and cpio.
+Blocking; needs root, mmdebstrap, cpio and zstd.
 """
 
 from __future__ import annotations
 
-import gzip
 import importlib.metadata
 import os
 import shutil
@@ -39,9 +38,17 @@ PACKAGES = (
 )  # fmt: skip
 LIBRARIES = ("attrs", "idna", "msgpack", "outcome", "sniffio", "sortedcontainers", "trio", "xxhash")
 """What a broadcast's hop needs; taken from the head's own Python."""
-EXCLUDED = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+EXCLUDED = (
+    "/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*",
+    "/usr/share/zoneinfo/*", "/lib/udev/hwdb.d/*",
+)  # fmt: skip
+"""What is large and nobody in the environment asks for: every machine loads it at every start."""
+MERGED_USR = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
+"""From the start: else a package does it, and brings all of Perl with it."""
 EPOCH = 1_700_000_000
 """Time of everything in the image."""
+PACKER = ("zstd", "-q", "-9", "-T0", "-c")
+"""The same bytes with any number of threads."""
 HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
 
 # The kernel is unpacked, not installed: its scripts would make an initramfs that nobody wants.  A
@@ -67,6 +74,7 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
 mkdir -p /dev/pts /run /tmp; mount -t devpts devpts /dev/pts
 mount -t tmpfs -o mode=755 run /run; mkdir -p /run/sshd
+mount -t tmpfs -o mode=1777,size=80% tmp /tmp  # a broadcast is spooled here
 [ ! -d /sys/firmware/efi ] || mount -t efivarfs efivarfs /sys/firmware/efi/efivars
 /lib/systemd/systemd-udevd --daemon
 udevadm trigger --type=subsystems --action=add
@@ -115,7 +123,7 @@ class Request:
 
 def make_environment(request: Request) -> Iterator[str]:
     """Make everything in the request's directory; yield what was made.  Raises KaError."""
-    for program in ("mmdebstrap", "cpio", "ssh-keygen"):
+    for program in ("mmdebstrap", "cpio", "ssh-keygen", "zstd"):
         if shutil.which(program) is None:
             raise KaError(Code.USAGE, f"{program} is not installed")
     if os.geteuid() != 0:
@@ -132,14 +140,14 @@ def make_environment(request: Request) -> Iterator[str]:
 
 def _bootstrap_words(request: Request, root: Path, hook: Path) -> list[str]:
     packages = ",".join([*PACKAGES, *request.packages])
-    words = ["mmdebstrap", "--variant=minbase", f"--include={packages}"]
+    words = ["mmdebstrap", "--variant=minbase", MERGED_USR, f"--include={packages}"]
     words += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
     words += [f"--customize-hook={hook}", request.suite, str(root)]
     return words + ([request.mirror] if request.mirror else [])
 
 
 def pack_root(root: Path, directory: Path) -> Iterator[str]:
-    """Make `vmlinuz` and `initrd.gz` of a root with a kernel in it; yield what was made."""
+    """Make `vmlinuz` and `initrd.img` of a root with a kernel in it; yield what was made."""
     (kernel,) = sorted((root / "boot").glob("vmlinuz-*"))
     version = kernel.name.removeprefix("vmlinuz-")
     shutil.copyfile(kernel, directory / "vmlinuz")
@@ -158,11 +166,18 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
                     "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"):  # fmt: skip
         for path in root.glob(pattern):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    _compile(root)
+    _pack(root, directory / "initrd.img")
+    yield f"{directory / 'vmlinuz'}: {version}"
+    yield f"{directory / 'initrd.img'}: {format_size((directory / 'initrd.img').stat().st_size)}"
+
+
+def _compile(root: Path) -> None:
+    """Compile all Python beforehand: a node would do it at each start of a program anew."""
     for cache in root.rglob("__pycache__"):
         shutil.rmtree(cache)
-    _pack(root, directory / "initrd.gz")
-    yield f"{directory / 'vmlinuz'}: {version}"
-    yield f"{directory / 'initrd.gz'}: {format_size((directory / 'initrd.gz').stat().st_size)}"
+    words = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash"]
+    _run([*words, "-s", str(root), *map(str, (root / "usr/lib").glob("python3*"))])
 
 
 def _copy_libraries(root: Path) -> None:
@@ -184,7 +199,7 @@ def _copy_libraries(root: Path) -> None:
 
 
 def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
-    """Make `site.gz` and `known_hosts`; a host key that is there is kept."""
+    """Make `site.img` and `known_hosts`; a host key that is there is kept."""
     key = directory / "host_key"
     if not key.exists():
         _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "kadeploy", "-f", str(key)])
@@ -197,8 +212,8 @@ def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
         _write(root / "root/.ssh/authorized_keys", "".join(f"{one}\n" for one in keys), 0o600)
         (root / "root").chmod(0o700)
         (root / "root/.ssh").chmod(0o700)
-        _pack(root, directory / "site.gz")
-    yield f"{directory / 'site.gz'}: {len(keys)} keys may enter"
+        _pack(root, directory / "site.img")
+    yield f"{directory / 'site.img'}: {len(keys)} keys may enter"
     yield f"{directory / 'known_hosts'}: for the configuration's ssh.known_hosts"
 
 
@@ -224,13 +239,14 @@ def _pack(root: Path, target: Path) -> None:
         listing.seek(0)
         with (
             open(target, "wb") as file,
-            gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as packed,
             subprocess.Popen(words, cwd=root, stdin=listing, stdout=subprocess.PIPE) as cpio,
+            subprocess.Popen(PACKER, stdin=cpio.stdout, stdout=file) as packer,
         ):
             assert cpio.stdout is not None
-            shutil.copyfileobj(cpio.stdout, packed, 1 << 20)
-    if cpio.returncode != 0:
-        raise KaError(Code.EIO, f"cpio failed ({cpio.returncode})")
+            cpio.stdout.close()
+    for process in (cpio, packer):
+        if process.returncode != 0:
+            raise KaError(Code.EIO, f"cpio or zstd failed ({process.returncode})")
     target.chmod(0o644)
 
 

@@ -73,6 +73,8 @@ class MicroStep:
     gather_ms: int = 0
     """How long the first node there waits for the others still on their way."""
     ignore_failure: bool = False
+    refusal_is_final: bool = False
+    """What it refuses (USAGE: a disk that is too small) would be the same after another reboot."""
 
     def deadline_ms(self, node_count: int) -> int:
         return self.timeout_ms + self.per_node_ms * node_count
@@ -258,7 +260,7 @@ def _enter(options: Options) -> tuple[Implementation, ...]:
                 _set_boot("boot-deployment", "install"),
                 _reboot("reboot", level),
                 _wait("wait-deployment", options),
-                MicroStep("check-disks", "check", 60 * SECOND, 1),
+                MicroStep("check-disks", "check", 60 * SECOND, 1, refusal_is_final=True),
             ),
         )
         for level in options.levels

@@ -179,12 +179,19 @@ class Deployment:
         return actions + self._start(now_ms)
 
     def finished(
-        self, node: str, ticket: int, now_ms: int, *, ok: bool, reason: str = ""
+        self,
+        node: str,
+        ticket: int,
+        now_ms: int,
+        *,
+        ok: bool,
+        reason: str = "",
+        final: bool = False,
     ) -> list[Action]:
-        """Take a step's result.  An old ticket's is void."""
+        """Take a step's result.  An old ticket's is void.  *final*: no other try would help."""
         if self._tickets.get(node) != ticket:
             return []
-        self._end(node, now_ms, ok=ok, reason=reason)
+        self._end(node, now_ms, ok=ok, reason=reason, final=final)
         return self._start(now_ms)
 
     def release(self, nodes: Iterable[str], now_ms: int) -> list[Action]:
@@ -236,14 +243,16 @@ class Deployment:
         )
         del self._tickets[name], self._deadline_ms[name]
 
-    def _end(self, name: str, now_ms: int, *, ok: bool, reason: str) -> None:
+    def _end(self, name: str, now_ms: int, *, ok: bool, reason: str, final: bool = False) -> None:
         node = self._nodes[name]
         step = self.step_of(node)
         self._record(name, now_ms, ok=ok, reason=reason)
         if ok or (step.ignore_failure and node.step_attempt >= step.retries):
             self._put(self._after_success(node))
         else:
-            self._put(self._after_failure(node, step, reason))
+            reason = f"{step.name}: {reason}"
+            failed = replace(node, status=Status.FAILED, reason=reason)
+            self._put(failed if final else self._after_failure(node, step, reason))
 
     def _after_success(self, node: NodeState) -> NodeState:
         going = replace(node, status=Status.WAITING, step_attempt=0, released=False)

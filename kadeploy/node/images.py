@@ -29,7 +29,7 @@ from common.errors import Code, KaError
 from kadeploy.node import devices
 from kadeploy.orders import MountPoint, WriteImage
 
-__all__ = ["write_image"]
+__all__ = ["filesystem", "write_image"]
 
 BUFFER_SIZE = 1 << 20
 PARTCLONE_HEADER_SIZE = 110
@@ -45,12 +45,20 @@ _TAR = ["tar", "--extract", "--numeric-owner", "--xattrs", "--xattrs-include=*",
         "--same-permissions", "--sparse", "--file=-"]  # fmt: skip
 
 
-def write_image(order: WriteImage, stream: IO[bytes], root: Path) -> dict[str, Any]:
-    """Write and verify an image; return its figures.  *root*: where to mount meanwhile."""
-    if order.kind == "tar":
-        mount = MountPoint(order.place, "/", order.filesystem)
-        with devices.mounted([mount], root) as directory:
-            return _write_tar(order, stream, directory)
+@contextlib.contextmanager
+def filesystem(order: WriteImage, root: Path) -> Iterator[Path | None]:
+    """Mount what a tar is unpacked into; None for images that are written to a device."""
+    if order.kind != "tar":
+        yield None
+        return
+    with devices.mounted([MountPoint(order.place, "/", order.filesystem)], root) as directory:
+        yield directory
+
+
+def write_image(order: WriteImage, stream: IO[bytes], directory: Path | None) -> dict[str, Any]:
+    """Write and verify an image; return its figures.  *directory*: its `filesystem`."""
+    if directory is not None:
+        return _write_tar(order, stream, directory)
     with devices.opened(order.place) as device:
         if order.kind == "raw":
             return _write_raw(order, stream, device)

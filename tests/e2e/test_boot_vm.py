@@ -54,7 +54,6 @@ ON_ITS_DISK = "ka-guest: booted from its own disk"
 BOOT_SECTOR = bytes.fromhex("31c08ed8be157cac84c07406baf803eeebf5f4ebfd")
 GRUB_CONFIG = f'echo "{ON_ITS_DISK}"\nsleep 60\n'
 
-OVMF = Path("/usr/share/OVMF")
 SIGNED_GRUB = "/usr/lib/grub/x86_64-efi-signed/grubx64.efi.signed"
 SHIM = "/usr/lib/shim/shimx64.efi.signed"
 
@@ -109,16 +108,7 @@ def boot_uefi(
     options: Sequence[str] = (),
 ) -> Vm:
     """Switch on a machine with OVMF, with Microsoft's keys in it if secure."""
-    keys = ".ms" if secure else ""
-    variables = lab.directory / f"{name}.vars"
-    shutil.copy(OVMF / f"OVMF_VARS_4M{keys}.fd", variables)
-    code = OVMF / f"OVMF_CODE_4M{keys or '.secboot'}.fd"
-    options = [
-        *options, "uefi", "-machine", "q35,smm=on",
-        "-global", "driver=cfi.pflash01,property=secure,value=on",
-        "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={code}",
-        "-drive", f"if=pflash,format=raw,unit=1,file={variables}",
-    ]  # fmt: skip
+    options = [*options, *lab.uefi(name, secure=secure)]
     if disk:
         system = lab.directory / f"{name}.esp/EFI/debian"
         system.mkdir(parents=True)

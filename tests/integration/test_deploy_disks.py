@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import stat
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from kadeploy import descriptions
 from kadeploy.disks import facts_from_json
 from kadeploy.environment import MIB
 from kadeploy.nodes import NodeDisk, Nodes, NodeSpec
-from kadeploy.orders import Customize, NewFile, Partition, Place, WriteImage
+from kadeploy.orders import Customize, NewFile, Partition, Place, WriteImage, to_json
 from kadeploy.plan import NodePlan, make_plan
 from tests.support.loop_disk import Node, checksum, lacking, loop_disk, partition, run
 
@@ -238,6 +239,21 @@ def test_deploy_files_stay_inside_the_new_system(tmp_path: Path, archive: bytes)
         up = replace(first, files=(NewFile.of("/../../../outside-file", b"x"),), remove=())
         node.do_all([up])
         assert not Path("/outside-file").exists()
+
+
+def test_deploy_order_begun_again_ends_what_is_left_of_the_first(
+    tmp_path: Path, archive: bytes
+) -> None:
+    with planned(tmp_path, archive) as (node, plan):
+        node.do_all(plan.prepare)
+        order = plan.images[0].order
+        with node.start("do") as first:
+            assert first.stdin is not None
+            first.stdin.write(json.dumps(to_json(order)).encode() + b"\n" + archive[:-1])
+            first.stdin.flush()
+            node.do_all(plan.prepare)
+            assert first.wait(10) == -signal.SIGKILL
+        assert node.do(order, archive)["ok"]
 
 
 @pytest.mark.parametrize("stream", [b"", b"{}", b'{"do": "erase"}', b"[1]", b"\xff\n"])

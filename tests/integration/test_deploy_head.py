@@ -48,7 +48,7 @@ async def test_three_hundred_nodes_are_deployed_by_the_rules(
     after = resource.getrusage(resource.RUSAGE_SELF)
     failed = {name for name, node in states.items() if node.status is Status.FAILED}
     assert failed == EXPECTED_FAILURES
-    assert states["pc042"].reason == "disk system refused"
+    assert states["pc042"].reason == "prepare-disks: disk system refused"
     assert "wait-deployment" in states["pc013"].reason
 
     # The dead one: every way in was tried, each for as long as its timeout says.

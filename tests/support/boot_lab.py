@@ -35,6 +35,7 @@ FILES = (
     "/usr/lib/grub/x86_64-efi-signed/grubnetx64.efi.signed",
     "/dev/net/tun",
 )
+OVMF = Path("/usr/share/OVMF")
 START_TIMEOUT_S = 20.0
 
 
@@ -54,6 +55,8 @@ class Vm:
 
     process: subprocess.Popen[bytes]
     console: Path
+    tap: str
+    """Its cable's end in the room."""
 
     def text(self) -> str:
         return self.console.read_text(errors="replace") if self.console.exists() else ""
@@ -150,9 +153,22 @@ class Lab:
             "-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no", "-device", card,
             *(option for option in options if option != "uefi"),
         ]  # fmt: skip
-        vm = Vm(self.start(command, f"{name}.qemu"), console)
+        vm = Vm(self.start(command, f"{name}.qemu"), console, tap)
         self.vms.append(vm)
         return vm
+
+    def uefi(self, name: str, *, secure: bool = False) -> list[str]:
+        """Return the options that give a machine OVMF, with Microsoft's keys in it if secure."""
+        keys = ".ms" if secure else ""
+        variables = self.directory / f"{name}.vars"
+        shutil.copy(OVMF / f"OVMF_VARS_4M{keys}.fd", variables)
+        options = [
+            "uefi", "-machine", f"q35,smm={'on' if secure else 'off'}",
+            "-drive", f"if=pflash,format=raw,unit=0,readonly=on,file={OVMF}/OVMF_CODE_4M{keys}.fd",
+            "-drive", f"if=pflash,format=raw,unit=1,file={variables}",
+        ]  # fmt: skip
+        # What keeps variables from all but the firmware also makes writing them slow.
+        return options + ["-global", "driver=cfi.pflash01,property=secure,value=on"] * secure
 
     def ask_dhcp(self, arch: int, *options: str) -> dict[str, str]:
         """Be a PXE client of a kind, on the foreign server; return what it was told.

@@ -42,6 +42,9 @@ def loop_disk(path: Path, size: int) -> Iterator[str]:
     try:
         yield device
     finally:
+        # What a program that was killed has made on top keeps the disk busy.
+        for above in run("losetup", "-n", "-O", "NAME", "-j", device).split():
+            run("losetup", "--detach", above)
         run("losetup", "--detach", device)
 
 
@@ -61,15 +64,20 @@ class Node:
 
     def __init__(self, directory: Path, python: str = sys.executable) -> None:
         """*python*: the deployment environment's, where a Debian library is wanted."""
-        self._python = python
+        self._program = ("unshare", "--mount", python, "-m", "kadeploy.node")
         self.environment = {
             **os.environ,
             "PATH": PATH,
             "KADEPLOY_ROOT": str(directory / "root"),
         }
 
+    def start(self, verb: str) -> subprocess.Popen[bytes]:
+        """Start the program with pipes."""
+        words = [*self._program, verb]
+        return subprocess.Popen(words, stdin=-1, stdout=-1, env=self.environment)
+
     def ask(self, verb: str, stdin: bytes = b"") -> dict[str, Any]:
-        words = [self._python, "-m", "kadeploy.node", verb]
+        words = [*self._program, verb]
         done = subprocess.run(words, input=stdin, capture_output=True, env=self.environment)
         assert done.returncode == 0, done.stderr.decode(errors="replace")
         answer: dict[str, Any] = json.loads(done.stdout)

@@ -81,7 +81,15 @@ def test_tries_of_a_step_then_of_its_implementation_then_the_next_one() -> None:
     assert [name for name, _ in driver.log] == ["one"] * 4 + ["other"]
     driver.finish("n1", ok=False, reason="disk is gone")
     assert driver.status("n1") is Status.FAILED
-    assert driver.deployment.nodes["n1"].reason == "disk is gone"
+    assert driver.deployment.nodes["n1"].reason.endswith("disk is gone")
+
+
+def test_what_is_final_fails_a_node_without_another_try() -> None:
+    driver = Driver(flow(Implementation("a", (step("one", retries=5),), retries=5)), "n1")
+    (ticket,) = driver.tickets.values()
+    list(driver.deployment.finished("n1", ticket, 0, ok=False, reason="too small", final=True))
+    assert driver.status("n1") is Status.FAILED
+    assert driver.deployment.nodes["n1"].reason == "one: too small"
 
 
 def test_node_failing_microstep_leaves_others_deploying() -> None:
