@@ -174,8 +174,7 @@ class Deployment:
         for name in overdue:
             ticket = self._tickets[name]
             actions.append(Cancel(name, ticket))
-            step = self.step_of(self._nodes[name])
-            self._end(name, now_ms, ok=False, reason=f"{step.name}: no end in time")
+            self._end(name, now_ms, ok=False, reason="no end in time")
         return actions + self._start(now_ms)
 
     def finished(

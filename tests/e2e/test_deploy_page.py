@@ -153,9 +153,9 @@ def test_a_deployment_is_begun_followed_and_explained_on_the_page(tmp_path: Path
 
 def _look_at_failures(page: Page) -> None:
     assert sorted(page.texts("#failures summary")) == [
-        "pc007, pc027, pc047 failed: no answer to ssh",
+        "pc007, pc027, pc047 failed: reboot: no answer to ssh",
         "pc013 failed: wait-deployment: no end in time",
-        "pc042 failed: disk system refused",
+        "pc042 failed: prepare-disks: disk system refused",
     ]
     page.get("#filters [data-state=failed]").click()
     seen = [one for one in page.all(".tile") if one.is_displayed()]
