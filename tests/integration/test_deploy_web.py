@@ -346,9 +346,8 @@ def test_the_command_serves_over_tls_and_does_the_real_steps(tmp_path: Path) -> 
         content = room.until_ended(room.begin("pc[001-002]"))
         # There is no kaboot here, which real steps find out.
         reasons = {one["reason"] for one in content["nodes"]}
-        assert reasons == {
-                "boot-deployment: no kaboot inventory in the configuration (key kaboot)"
-            }
+        missing = "boot-deployment: no kaboot inventory in the configuration (key kaboot)"
+        assert reasons == {missing}
         form = {"Origin": site.url, "Content-Type": "application/x-www-form-urlencoded"}
         cookie = site.ask("/login", body=f"token={token}".encode(), headers=form).headers
         assert "Secure" in cookie["set-cookie"]
