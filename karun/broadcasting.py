@@ -193,7 +193,8 @@ class Broadcast:
     def _planned(self, size: int, ranks: Sequence[int]) -> Choice:
         options = self._options
         rate = options.link_rate or LINK_RATE
-        network = Network(up_rate=rate, down_rate=rate, uplink_rate=options.uplink_rate)
+        up_rate = min(rate, options.rate_limit or rate)
+        network = Network(up_rate=up_rate, down_rate=rate, uplink_rate=options.uplink_rate)
         request = Request(
             size=size,
             racks=racks_of(ranks, options.rack_size),
