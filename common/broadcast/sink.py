@@ -1,7 +1,6 @@
 """The sink for files and directories: written beside, verified, put in place.
 
-Nothing at the destination changes before every chunk was read back and found right: what travels
-as soon as it is written, the rest at the end.  Until then
+Nothing at the destination changes before every chunk was read back and found right.  Until then
 the new files are below a stage, a directory at the destination whose name begins with `.ka-part`;
 it stays when a transfer ends early.  What it holds, and what the destination itself holds under
 the same names, is summed when the next transfer begins: so resume and delta need no records.
@@ -47,11 +46,8 @@ class FileSink:
         self._content = Content(())
         self._place: Place | None = None
         self._stage = -1
-        self._read_back: set[int] = set()
-        """Chunks that were written and then found right."""
         self._staged: set[int] = set()
         """Entries that have a file in the stage."""
-        self._buffer = memoryview(b"")
         self._files = FileCache(self._open)
         self._pinned: list[int] = []
         """The descriptor of the only file, kept open for `locate`."""
@@ -70,19 +66,16 @@ class FileSink:
 
     def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
         for chunk, data in chunks:
-            self._read_back.discard(chunk)
             at = 0
             for piece in self._pieces(chunk):
                 with self._files.lend(piece.entry) as fd:
                     _write_at(fd, data[at : at + piece.length], piece.offset)
                 at += piece.length
-            if self._is_right(chunk):
-                self._read_back.add(chunk)
         return [chunk for chunk, _ in chunks]
 
     def verify(self) -> list[int]:
         self._sync_stage()
-        bad = [chunk for chunk in self._chunks() if not self._is_right(chunk)]
+        bad = [chunk for chunk, right in self._right() if not right]
         if not bad:
             try:
                 self._put_in_place()
@@ -142,7 +135,7 @@ class FileSink:
             else:
                 os.unlink(name, dir_fd=self._stage)
             os.close(fd)
-        have = chunkset.from_indexes(filter(self._is_right, self._chunks()))
+        have = chunkset.from_indexes(chunk for chunk, right in self._right() if right)
         self._build(have)
         if len(self._entries) == 1 and self._entries[0].ranges:
             with self._files.lend(0) as fd:
@@ -244,18 +237,13 @@ class FileSink:
                 return None
         return buffer[:end]
 
-    def _chunks(self) -> Iterator[int]:
-        """Yield the chunks that have not been read back yet."""
+    def _right(self) -> Iterator[tuple[int, bool]]:
+        """Yield each chunk, and whether it is there and its sum is right."""
         assert self._manifest is not None
-        return (one for one in range(self._manifest.chunk_count) if one not in self._read_back)
-
-    def _is_right(self, chunk: int) -> bool:
-        """Return whether a chunk is there and its sum is right."""
-        assert self._manifest is not None
-        if len(self._buffer) != self._manifest.chunk_size:
-            self._buffer = memoryview(bytearray(self._manifest.chunk_size))
-        data = self._read_into(chunk, self._buffer)
-        return data is not None and self._manifest.verify(chunk, data)
+        buffer = memoryview(bytearray(self._manifest.chunk_size))
+        for chunk in range(self._manifest.chunk_count):
+            data = self._read_into(chunk, buffer)
+            yield chunk, data is not None and self._manifest.verify(chunk, data)
 
     def _open(self, index: int) -> int:
         entry = self._entries[index]
