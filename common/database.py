@@ -83,8 +83,18 @@ class Database:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return all rows; fetched here, for damage may come to light at any of them."""
+        with self._telling():
+            return self._connection.execute(query, values).fetchall()
+
+    def row(self, query: str, values: Sequence[Any] = ()) -> Any:
+        """Return the first row, None if there is none."""
+        with self._telling():
+            return self._connection.execute(query, values).fetchone()
+
     def execute(self, statement: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
-        """Run one statement; outside of `transaction` it should only read."""
+        """Write; inside of `transaction`.  The cursor tells `rowcount` and `lastrowid`."""
         with self._telling():
             return self._connection.execute(statement, values)
 
@@ -94,7 +104,7 @@ class Database:
 
     def data_version(self) -> int:
         """Return a number that changes when another connection has written."""
-        (number,) = self.execute("PRAGMA data_version").fetchone()
+        (number,) = self.row("PRAGMA data_version")
         return int(number)
 
     @contextlib.contextmanager

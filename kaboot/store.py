@@ -105,15 +105,13 @@ class Store:
 
     def assignments(self) -> dict[str, tuple[Assignment, int]]:
         """Return what nodes were assigned and when (ns); a node may be missing."""
-        rows = self._db.execute("SELECT node, step, profile, since_ns FROM assignment")
+        rows = self._db.rows("SELECT node, step, profile, since_ns FROM assignment")
         return {
             node: (Assignment(Step(step), profile), since) for node, step, profile, since in rows
         }
 
     def assignment(self, node: str) -> Assignment | None:
-        row = self._db.execute(
-            "SELECT step, profile FROM assignment WHERE node = ?", (node,)
-        ).fetchone()
+        row = self._db.row("SELECT step, profile FROM assignment WHERE node = ?", (node,))
         return None if row is None else Assignment(Step(row[0]), row[1])
 
     def assign(
@@ -171,7 +169,7 @@ class Store:
 
     def machines(self) -> list[MachineRow]:
         """Return the machines seen, in the order of their first appearance."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT mac, platform, arch, serial, product, address, node, stage, detail, first_ns,"
             " last_ns FROM machine ORDER BY first_ns, mac"
         )
@@ -179,26 +177,26 @@ class Store:
 
     def mac_at(self, address: str) -> str | None:
         """Return the machine that was last seen at an address."""
-        row = self._db.execute(
+        row = self._db.row(
             "SELECT mac FROM machine WHERE address = ? ORDER BY last_ns DESC LIMIT 1", (address,)
-        ).fetchone()
+        )
         return None if row is None else str(row[0])
 
     def events(self, *, after: int = 0, node: str = "", count: int = 1000) -> list[Event]:
         """Return events with an id above `after`, oldest first; without it, the last `count`."""
         order = "ASC" if after else "DESC"
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT id, at_ns, mac, node, stage, detail FROM event"
             f" WHERE id > ? AND (? = '' OR node = ? OR mac = ?) ORDER BY id {order} LIMIT ?",
             (after, node, node, node, count),
-        ).fetchall()
+        )
         return [Event(*row) for row in sorted(rows)]
 
     def _is_known(self, mac: str) -> bool:
-        return bool(self._db.execute("SELECT 1 FROM machine WHERE mac = ?", (mac,)).fetchone())
+        return bool(self._db.row("SELECT 1 FROM machine WHERE mac = ?", (mac,)))
 
     def _count_machines(self) -> int:
-        (count,) = self._db.execute("SELECT count(*) FROM machine").fetchone()
+        (count,) = self._db.row("SELECT count(*) FROM machine")
         return int(count)
 
     def _event(self, now_ns: int, mac: str, node: str, stage: str, detail: str) -> None:
@@ -214,13 +212,13 @@ class Store:
 
     def learned(self) -> dict[str, str]:
         """Return learned names: MAC to node."""
-        rows = self._db.execute("SELECT mac, node FROM machine WHERE node IS NOT NULL ORDER BY mac")
-        return dict(rows.fetchall())
+        rows = self._db.rows("SELECT mac, node FROM machine WHERE node IS NOT NULL ORDER BY mac")
+        return dict(rows)
 
     def learn(self, mac: str, node: str, now_ns: int, *, why: str) -> bool:
         """Give a machine that was seen its name, unless it or the name is taken meanwhile."""
         with self._db.transaction():
-            taken = self._db.execute("SELECT 1 FROM machine WHERE node = ?", (node,)).fetchone()
+            taken = self._db.row("SELECT 1 FROM machine WHERE node = ?", (node,))
             if taken:
                 return False
             cursor = self._db.execute(
@@ -238,15 +236,15 @@ class Store:
         forgotten: list[str] = []
         with self._db.transaction():
             for name in names:
-                rows = self._db.execute(
+                rows = self._db.rows(
                     "DELETE FROM machine WHERE node = ? OR mac = ? RETURNING mac", (name, name)
                 )
-                forgotten += [mac for (mac,) in rows.fetchall()]
+                forgotten += [mac for (mac,) in rows]
         return forgotten
 
     def queue(self) -> list[str]:
         """Return the names that are given out next."""
-        return [row[0] for row in self._db.execute("SELECT node FROM learning ORDER BY position")]
+        return [row[0] for row in self._db.rows("SELECT node FROM learning ORDER BY position")]
 
     def set_queue(self, names: Sequence[str]) -> None:
         """Replace the names that are given out; none ends the learning."""

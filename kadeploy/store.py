@@ -152,7 +152,7 @@ class Store:
 
     def environments(self, name: str | None = None) -> list[EnvironmentRow]:
         """Return all, or all versions of one, oldest first."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT * FROM environments WHERE ?1 IS NULL OR name = ?1 ORDER BY name, version",
             (name,),
         )
@@ -244,7 +244,7 @@ class Store:
         self, count: int = 1000, *, number: int | None = None, open_only: bool = False
     ) -> list[DeploymentRow]:
         """Return the last ones, oldest first; only that *number*, only those not ended."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT * FROM deployments WHERE (?1 IS NULL OR id = ?1)"
             " AND (NOT ?2 OR ended_ms IS NULL) ORDER BY id DESC LIMIT ?3",
             (number, open_only, count),
@@ -263,7 +263,7 @@ class Store:
         return found[0]
 
     def nodes(self, deployment: int) -> list[NodeState]:
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT state FROM nodes WHERE deployment = ? ORDER BY rowid", (deployment,)
         )
         states = (json.loads(state) for (state,) in rows)
@@ -271,7 +271,7 @@ class Store:
 
     def history(self, deployment: int, node: str | None = None) -> list[HistoryRow]:
         """Return every try of every step, in the order they ended."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT node, macro, implementation, step, attempt, ended_ms, took_ms, ok, reason"
             " FROM steps WHERE deployment = ?1 AND (?2 IS NULL OR node = ?2) ORDER BY rowid",
             (deployment, node),
@@ -281,7 +281,7 @@ class Store:
 
     def last(self) -> dict[str, LastRow]:
         """Return for each node the deployment it was in last."""
-        rows = self._db.execute(
+        rows = self._db.rows(
             "SELECT name, max(id), environment, version, json_extract(state, '$.status')"
             " FROM nodes JOIN deployments ON id = deployment GROUP BY name"
         )
@@ -307,15 +307,15 @@ class Store:
     def cancels(self, deployment: int) -> dict[str, str]:
         """Return the nodes to be given up, and why."""
         query = "SELECT node, reason FROM cancels WHERE deployment = ?"
-        return dict(self._db.execute(query, (deployment,)).fetchall())
+        return dict(self._db.rows(query, (deployment,)))
 
     def has(self, node: str) -> tuple[str, int] | None:
         """Return environment and version that a node was last deployed with; None if it failed."""
-        row = self._db.execute(
+        row = self._db.row(
             "SELECT environment, version, json_extract(state, '$.status') FROM nodes"
             " JOIN deployments ON id = deployment WHERE name = ? ORDER BY id DESC LIMIT 1",
             (node,),
-        ).fetchone()
+        )
         if row is None or row[2] != Status.DEPLOYED.value:
             return None
         return row[0], row[1]

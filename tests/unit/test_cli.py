@@ -1,0 +1,72 @@
+"""How the command lines end: one line, the right code, and no traceback for who stops reading."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from common.errors import Code
+
+PROGRAM = """
+import sys, click
+from common import cli
+from common.errors import Code, KaError
+
+@click.group()
+def tool():
+    pass
+
+@tool.command()
+@click.argument("how")
+def fail(how):
+    if how == "ours":
+        raise KaError(Code.BUSY, "somebody else is at it")
+    if how == "os":
+        open("/nowhere/at/all")
+    if how == "exit":
+        raise click.exceptions.Exit(7)
+    if how == "interrupt":
+        raise KeyboardInterrupt
+    for number in range(100_000):
+        click.echo(number)
+
+cli.run(tool, "tool")
+"""
+
+
+def run(*words: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["fail", "ours"], Code.BUSY.exit_code, "tool: somebody else is at it\n"),
+        (["fail", "os"], 1, "tool: /nowhere/at/all: No such file or directory\n"),
+        (["fail", "exit"], 7, ""),
+        (["fail", "interrupt"], 130, "tool: interrupted\n"),
+        (["fail", "all", "too"], 2,
+         "tool: Got unexpected extra argument (too) See `tool fail --help`.\n"),
+        (["nothing"], 2, "tool: No such command 'nothing'. See `tool --help`.\n"),
+    ],
+)  # fmt: skip
+def test_a_failure_is_one_line_and_its_code(words: list[str], code: int, said: str) -> None:
+    found, stderr = run(*words)
+    assert (found, stderr.lstrip("\n")) == (code, said)
+
+
+def test_a_reader_that_has_seen_enough_is_no_failure_to_be_told() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "fail", "not"], stdout=-1, stderr=-1
+    ) as tool:
+        assert tool.stdout is not None
+        assert tool.stderr is not None
+        assert tool.stdout.readline() == b"0\n"
+        tool.stdout.close()
+        assert tool.stderr.read() == b""
+        assert tool.wait() == 1
