@@ -3,7 +3,9 @@
 What works: `command` without standard input and terminal, and `copy` into a directory, checked
 there by SHA-256.  The window of calls is that of every run; there is no tree.
 
-A node that stops answering is noticed by ssh's own probes.  Cancelled: the ssh processes end; what
+A node that stops answering is noticed by ssh's own probes, one that answers and does nothing by
+the time that a copy may take; a command has the time that its user gives it.  Of what a call says
+to explain itself a few KiB are kept.  Cancelled: the ssh processes end; what
 their commands on the nodes do then is up to the node's ssh server.
 """
 
@@ -35,6 +37,9 @@ WORDS_SIZE_MAX = 4096
 """Of standard error, kept to explain why a call failed."""
 EXIT_SSH = 255
 ALIVE_S = 15
+GRACE_S = 120.0
+RATE_MIN = 64 << 10
+"""Bytes a second: a copy or its check that is slower, after `GRACE_S`, is given up."""
 
 
 class WindowsNodes:
@@ -88,7 +93,7 @@ class WindowsNodes:
         ends: dict[int, Outcome] = {}
 
         async def one(rank: int) -> None:
-            outcome, _ = await self._call(rank, remote, sink, limit_s)
+            outcome, _ = await self._run(rank, remote, sink, limit_s)
             ends[rank] = outcome
             if sink is None:
                 return
@@ -133,7 +138,7 @@ class WindowsNodes:
 
             async def one(rank: int) -> None:
                 target = destination.replace("%h", self.nodes[rank])
-                reason = await self._copy_one(rank, sources, target, (file.name, name))
+                reason = await self._copy_one(rank, sources, target, (file.name, name), size)
                 results[rank] = Copied(rank, self.nodes[rank], reason)
                 tell()
 
@@ -142,19 +147,23 @@ class WindowsNodes:
         return [results[rank] for rank in range(len(self.nodes))]
 
     async def _copy_one(
-        self, rank: int, sources: Sequence[str], directory: str, sums: tuple[str, str]
+        self, rank: int, sources: Sequence[str], directory: str, sums: tuple[str, str], size: int
     ) -> str | None:
         """Return why the node does not have everything."""
         node = self.nodes[rank]
         batch = windows.put_batch(sources, directory, sums).encode()
-        done = await trio.run_process(
-            ["sftp", "-q", "-b", "-", *self._options, "--", node],
-            stdin=batch, capture_stdout=True, capture_stderr=True, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            return explain("connect:connector ended", done.stderr, done.returncode)
+        said = _Said(rank, None)
+        limit_s = GRACE_S + size / RATE_MIN
+        with trio.move_on_after(limit_s) as scope:
+            code = await _call(["sftp", "-q", "-b", "-", *self._options, "--", node], said, batch)
+        if scope.cancelled_caught:
+            return f"not sent within {limit_s:.0f} s"
+        if code:
+            return explain("connect:connector ended", bytes(said.words), code)
         remote = windows.remote_command(windows.check_script(directory, sums[1]))
-        outcome, words = await self._call(rank, remote, None, 0.0)
+        outcome, words = await self._run(rank, remote, None, limit_s)
+        if outcome.stage == TIMEOUT:
+            return f"not checked within {limit_s:.0f} s"
         if outcome.reason is not None:
             return outcome.reason
         if outcome.code:
@@ -174,7 +183,7 @@ class WindowsNodes:
         except BaseExceptionGroup as group:
             raise alone(group) from None
 
-    async def _call(
+    async def _run(
         self, rank: int, remote: str, sink: Sink | None, limit_s: float
     ) -> tuple[Outcome, bytes]:
         """Run the remote command line on a node; return its end, and its first words on stderr."""
@@ -182,12 +191,11 @@ class WindowsNodes:
         said = _Said(rank, sink)
         argv = ["ssh", "-n", "-T", "-x", *self._options, "--", node, remote]
         with trio.move_on_after(limit_s or float("inf")) as scope:
-            code = await _ssh(argv, said)
+            code = await _call(argv, said)
         words = bytes(said.words)
         if scope.cancelled_caught:
             said.release()
-            reason = f"still running after {limit_s:g} s"
-            return Outcome(rank, node, None, stage=TIMEOUT, reason=reason), words
+            return Outcome(rank, node, None, stage=TIMEOUT, reason=f"after {limit_s:g} s"), words
         if code == EXIT_SSH and not said.is_released:
             reason = explain("connect:connector ended", words, code)
             return Outcome(rank, node, None, stage="connect", reason=reason), words
@@ -228,12 +236,11 @@ class _Said:
             self._sink.output(self._rank, stream, data)
 
 
-async def _ssh(argv: Sequence[str], said: _Said) -> int:
-    """Run ssh to its end; cancelled: it is killed."""
+async def _call(argv: Sequence[str], said: _Said, stdin: bytes = b"") -> int:
+    """Run ssh or sftp to its end; cancelled: it is killed."""
+    start = partial(trio.run_process, argv, stdin=stdin, stdout=PIPE, stderr=PIPE, check=False)
     async with trio.open_nursery() as nursery:
-        process: trio.Process = await nursery.start(
-            partial(trio.run_process, argv, stdout=PIPE, stderr=PIPE, check=False)
-        )
+        process: trio.Process = await nursery.start(start)
         for stream, pipe in ((STDOUT, process.stdout), (STDERR, process.stderr)):
             assert pipe is not None
             nursery.start_soon(_pass_on, pipe, said, stream)

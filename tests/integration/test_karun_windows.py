@@ -12,7 +12,7 @@ import trio
 
 from bench.sshd import Sshd, addresses
 from common.errors import Code, KaError
-from karun import windows
+from karun import windows, windows_nodes
 from karun.copied import Step
 from karun.windows_nodes import WindowsNodes
 from tests.support import powershell
@@ -96,6 +96,19 @@ async def test_a_destination_that_cannot_be_written_costs_its_node_only(
     assert results[0].reason is None
     assert results[1].reason is not None
     assert (tmp_path / first / "file").read_bytes() == b"x"
+
+
+async def test_a_node_that_answers_and_does_nothing_holds_nobody_for_ever(
+    sshd: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows_nodes, "GRACE_S", 3.0)
+    source = tmp_path / "file"
+    source.write_bytes(b"x")
+    async with nodes(sshd, 1) as run:
+        (result,) = await run.copy([str(source)], f"{tmp_path}/hangs")
+        (outcome,) = await run.command(["hangs"], limit_s=1)
+    assert result.reason == "not checked within 3 s"
+    assert outcome.exit_code == 124
 
 
 @pytest.mark.parametrize(

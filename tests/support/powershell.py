@@ -3,7 +3,7 @@
 It takes only the one word that karun sends, so whatever a shell in between does to other words
 would be seen.  Of scripts it knows what they are for, not the language: the check of copied files
 is done here in Python; any other script is printed, and its exit code is what `exit-code-N` in it
-says.
+says.  With `hangs` in it none ends soon.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import base64
 import hashlib
 import re
 import sys
+import time
 from pathlib import Path
 
 __all__ = ["install"]
@@ -51,6 +52,8 @@ def main() -> int:
     assert flag == "-EncodedCommand", sys.argv
     assert "-NoProfile" in options
     script = base64.b64decode(word, validate=True).decode("utf-16-le")
+    if "hangs" in script:
+        time.sleep(10)
     if "Get-FileHash" in script:
         return _check(script)
     print(script, end="")
