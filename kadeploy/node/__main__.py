@@ -89,7 +89,8 @@ def _take_over(record: Path) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):
         other = int(record.read_text())
-        if b"kadeploy" in Path(f"/proc/{other}/cmdline").read_bytes():
+        # After a turn of the process numbers it may be our own.
+        if other != os.getpid() and b"kadeploy" in Path(f"/proc/{other}/cmdline").read_bytes():
             os.killpg(other, signal.SIGKILL)
             deadline_s = time.monotonic() + END_S
             while _is_at_work(other):
