@@ -25,6 +25,7 @@ import trio
 
 from common import log
 from common.errors import Code, KaError
+from common.signals import on_signal
 from kaboot import inventory as inventory_file
 from kaboot.control import Control, store_path
 from kaboot.dnsmasq import Dnsmasq
@@ -94,7 +95,12 @@ async def _run(
     await service.render_grub()
     http = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_until_signal, nursery.cancel_scope)
+
+        def stop(number: signal.Signals) -> None:
+            _log.info("serve.stopping", signal=number.name)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(on_signal, stop)
         nursery.start_soon(dnsmasq.run)
         nursery.start_soon(serve_http, http, service.handle)
         nursery.start_soon(_Watcher(path, file, service, store, dnsmasq).run)
@@ -104,13 +110,6 @@ async def _run(
             os.write(ready_fd, b"ready\n")
             os.close(ready_fd)
     _log.info("serve.complete")
-
-
-async def _until_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            _log.info("serve.stopping", signal=signal.Signals(number).name)
-            scope.cancel()
 
 
 def _listen(inventory: Inventory) -> socket.socket:

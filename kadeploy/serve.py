@@ -23,6 +23,7 @@ from hypercorn.typing import Framework
 
 from common import log
 from common.errors import Code, KaError
+from common.signals import on_signal
 from kadeploy import running
 from kadeploy.deploying import Deployer
 from kadeploy.running import MakeSteps
@@ -65,6 +66,11 @@ async def _run(
     settings: Settings, store: Store, ready_fd: int | None, make_steps: MakeSteps
 ) -> None:
     stop = trio.Event()
+
+    def end(number: signal.Signals) -> None:
+        _logger.info("serve.stopping", signal=number.name)
+        stop.set()
+
     async with trio.open_nursery() as nursery:
 
         async def start(number: int, release: bool) -> None:
@@ -72,7 +78,7 @@ async def _run(
 
         service = Service(settings, store, start)
         app = make_app(service, Tokens(settings.tokens))
-        nursery.start_soon(_until_signal, stop)
+        nursery.start_soon(on_signal, end)
         # The two libraries write the types of one protocol, ASGI, differently.
         framework = cast(Framework, app)
         work = partial(serve_http, framework, _hypercorn(settings.web), shutdown_trigger=stop.wait)
@@ -90,13 +96,6 @@ async def _run(
         # Heads end here; what they were at begins again with the next start.
         nursery.cancel_scope.deadline = trio.current_time() + 2 * GRACE_S
     _logger.info("serve.complete")
-
-
-async def _until_signal(stop: trio.Event) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        async for number in signals:
-            _logger.info("serve.stopping", signal=signal.Signals(number).name)
-            stop.set()
 
 
 def _hypercorn(web: Web) -> Config:

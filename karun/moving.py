@@ -8,7 +8,6 @@ incomplete on nodes stays, and the next copy goes on with it.
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from common.config import format_size
+from common.signals import on_signal
 from karun import api, nodes
 from karun.api import Copied, CopyOptions, Step
 from karun.connectors import WINDOWS
@@ -84,7 +84,7 @@ async def _act(
     results: list[Copied] | None = None
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_stop_when_asked, nursery.cancel_scope)
+            await nursery.start(on_signal, lambda _: nursery.cancel_scope.cancel())
             async with run:
                 results = await act(meter.told)
             nursery.cancel_scope.cancel()
@@ -102,13 +102,6 @@ async def _act(
         lines.append(meter.summary(results))
     TERMINAL.write(STDERR, "".join(f"karun: {line}\n" for line in lines).encode())
     return exit_code(results)
-
-
-async def _stop_when_asked(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _number in signals:
-            scope.cancel()
-            return
 
 
 def _facts(result: Copied) -> dict[str, str | bool]:

@@ -6,12 +6,12 @@ Ctrl-C orders no more and prints the verdicts so far; nodes that were ordered go
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Sequence
 
 import trio
 
+from common.signals import on_signal
 from karun.lines import STDERR, STDOUT
 from karun.nodes import Names
 from karun.output import Streams
@@ -48,7 +48,7 @@ def main(
     async def carry_out() -> bool:
         """Return whether it came to its end."""
         async with trio.open_nursery() as nursery:
-            await nursery.start(_interrupted, nursery.cancel_scope)
+            await nursery.start(on_signal, lambda _: nursery.cancel_scope.cancel())
             changed(await reboot(len(names), policy, hands, changed=changed))
             nursery.cancel_scope.cancel()
             return True
@@ -59,15 +59,6 @@ def main(
         status.clear()
     _print(latest, Names(names), streams, code, as_json=as_json)
     return code
-
-
-async def _interrupted(
-    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for _ in signals:
-            scope.cancel()
 
 
 def line(plan: Reboot) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import termios
 import tty
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 
 import trio
 
+from common.signals import on_signal
 from karun import api, nodes
 from karun.lines import STDOUT, Lines
 from karun.output import CODE_NO_READER
@@ -125,7 +125,7 @@ async def _watch(run: api.Run, view: _View) -> int:
     watch = view.watch
     is_over = False
     async with trio.open_nursery() as nursery:
-        await nursery.start(_interrupted, nursery.cancel_scope)
+        await nursery.start(on_signal, lambda _: nursery.cancel_scope.cancel())
         if watch.once:
             pass
         elif TERMINAL.is_terminal(STDOUT) and not watch.as_json:
@@ -145,15 +145,6 @@ async def _watch(run: api.Run, view: _View) -> int:
     if not TERMINAL.has_reader:
         return CODE_NO_READER
     return EXIT_INTERRUPTED if watch.once else 0
-
-
-async def _interrupted(
-    scope: trio.CancelScope, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
-) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for _ in signals:
-            scope.cancel()
 
 
 async def _print_often(view: _View, scope: trio.CancelScope) -> None:

@@ -25,6 +25,7 @@ import trio
 
 from common import log
 from common.errors import Code, KaError
+from common.signals import on_signal
 
 __all__ = ["PidFile", "drop_privileges", "run_until_signal", "spawn", "stop"]
 
@@ -119,18 +120,13 @@ def run_until_signal(
     async def supervised() -> None:
         async with trio.open_nursery() as nursery:
 
-            async def watch() -> None:
-                with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-                    nursery.start_soon(guarded)
-                    async for number in signals:
-                        _log.info("process.stopping", signal=signal.Signals(number).name)
-                        nursery.cancel_scope.cancel()
-
-            async def guarded() -> None:
-                await work(ready)
+            def stop(number: signal.Signals) -> None:
+                _log.info("process.stopping", signal=number.name)
                 nursery.cancel_scope.cancel()
 
-            nursery.start_soon(watch)
+            await nursery.start(on_signal, stop)
+            await work(ready)
+            nursery.cancel_scope.cancel()
 
     try:
         trio.run(supervised, strict_exception_groups=True)
