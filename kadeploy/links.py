@@ -4,12 +4,15 @@ The interface is small (`Link`), so that another way can take its place.  A node
 environment shows the host key that `mkenv` gave it, if the head knows one; the system that was
 deployed makes its own key, and is only asked who it is.
 
+A machine may say what it likes: of its answers no more than `ANSWER_SIZE_MAX` is taken.
+
 Not here: what is asked (deploying.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import subprocess
 from collections.abc import AsyncIterator
@@ -179,15 +182,29 @@ class SshLink:
     ) -> bytes:
         place = self._environment if environment is None else environment
         words = [*self._options.words(self._address, environment=place), command]
-        done = await trio.run_process(
-            words, stdin=stdin, capture_stdout=True, capture_stderr=True, check=False
-        )
-        if done.returncode != 0:
-            said = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-            raise KaError(
-                Code.UNREACHABLE, f"{self._address}: {said[0] if said else done.returncode}"
-            )
-        return done.stdout
+        start = functools.partial(
+            trio.run_process, words, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            check=False,
+        )  # fmt: skip
+        said: list[bytes] = [b"", b""]
+
+        async def read(index: int, source: trio.abc.ReceiveStream) -> None:
+            said[index] = await _read(source)
+
+        try:
+            async with trio.open_nursery() as nursery:
+                process: trio.Process = await nursery.start(start)
+                assert process.stdout is not None
+                assert process.stderr is not None
+                nursery.start_soon(read, 0, process.stdout)
+                nursery.start_soon(read, 1, process.stderr)
+        except* KaError as group:
+            raise group.exceptions[0] from None
+        if process.returncode != 0:
+            lines = said[1].decode(errors="replace").strip().splitlines()
+            reason = lines[-1] if lines else process.returncode
+            raise KaError(Code.UNREACHABLE, f"{self._address}: {reason}")
+        return said[0]
 
 
 async def _copy(path: Path, sink: trio.abc.SendStream) -> None:
