@@ -21,7 +21,7 @@ else:
     COMPILED = True
 """Whether bulk data can be summed with XXH3 here."""
 
-__all__ = ["ABSENT", "COMPILED", "Buffer", "block_sum", "digest", "digest_bytes"]
+__all__ = ["ABSENT", "COMPILED", "Buffer", "Summing", "block_sum", "digest", "digest_bytes"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -54,6 +54,25 @@ def block_sum(pieces: Sequence[Buffer], block_size: int) -> int:
     if length < block_size:
         state.update(_ZEROS[: block_size - length])
     return int(state.intdigest()) or 1
+
+
+class Summing:
+    """The XXH3-64 of bytes that come one after the other, as `digest_bytes` gives it."""
+
+    def __init__(self) -> None:
+        self._state = xxhash.xxh3_64() if COMPILED else None
+        self._kept = bytearray()
+
+    def update(self, data: Buffer) -> None:
+        if self._state is not None:
+            self._state.update(data)
+        else:
+            self._kept += data
+
+    def digest(self) -> bytes:
+        if self._state is not None:
+            return bytes(self._state.digest())
+        return digest_bytes(self._kept)
 
 
 def digest_bytes(data: Buffer) -> bytes:

@@ -48,11 +48,14 @@ class FilePayload(NamedTuple):
 class Growing:
     """Bytes that are still being received, while several outboxes send what there is of them."""
 
-    __slots__ = ("data", "ready_size")
+    __slots__ = ("data", "place", "ready_size", "stored_size")
 
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.ready_size = 0
+        self.place: tuple[int, int] | None = None
+        """The file and the offset at which the first `stored_size` bytes are as well."""
+        self.stored_size = 0
 
     def grow(self, size: int) -> None:
         self.ready_size = max(self.ready_size, size)
@@ -165,10 +168,21 @@ class Outbox:
 
     def _send_grown(self, first: GrowingPayload) -> bool:
         """Send what there is of it; return whether there was anything."""
-        ready = first.growing.data[first.offset : first.growing.ready_size]
-        if not ready:
+        growing = first.growing
+        if growing.ready_size <= first.offset:
             return False
-        sent = self._sock.send(ready)
+        sent = 0
+        if growing.place is not None and first.offset < growing.stored_size:
+            fd, start = growing.place
+            stored = growing.stored_size - first.offset
+            try:
+                sent = os.sendfile(self._sock.fileno(), fd, start + first.offset, stored)
+            except (BlockingIOError, ConnectionError):
+                raise
+            except OSError:
+                growing.place = None
+        if not sent:
+            sent = self._sock.send(growing.data[first.offset : growing.ready_size])
         self.size -= sent
         if sent == first.length:
             self._parts.popleft()

@@ -1,14 +1,14 @@
 """The depot: chunks in memory, on their way from a connection to the sink and to other nodes.
 
-A chunk is received into a pooled buffer and, into the page cache, written at once: for most disks
-that is a copy, and cheaper than handing it to a thread; from there the kernel sends it on without
-another copy.  When a write has blocked, as behind a disk that cannot follow, writing moves to a
-worker thread for a while, all that waits in one call, and chunks are sent on from memory: so the
-disk delays nothing but its own node's acks.  A sink that may wait for others is never written to
-but by the thread (`Sink.is_prompt`).
+A chunk is received into a pooled buffer.  What has come of it is written into the page cache,
+summed and sent on at once, a piece at a time, while the processor's cache still holds it; what is
+written the kernel sends on without another copy.  When a write has blocked, as behind a disk that
+cannot follow, writing moves to a worker thread for a while, all that waits in one call, and chunks
+are sent on from memory: so the disk delays nothing but its own node's acks.  A sink that may wait
+for others is never written to but by the thread (`Sink.is_prompt`).
 
-What is still coming is sent on as it comes.  When the rest does not come, or not soon, the frames
-that have begun are filled up with whatever is in the buffer: the receivers' checks tell.
+When the rest of a chunk does not come, or not soon, the frames that have begun are filled up with
+whatever is there: the receivers' checks tell.
 
 A buffer goes back to the pool when it is written and all connections are done with it.
 """
@@ -21,7 +21,7 @@ import trio
 
 from common import log
 from common.broadcast.edge import chunk_header
-from common.broadcast.manifest import Manifest
+from common.broadcast.manifest import Manifest, Summing
 from common.broadcast.store import Sink, Store
 from common.broadcast.switchboard import Switchboard
 from common.buffers import BufferPool
@@ -45,16 +45,21 @@ _log = log.get("ka.depot")
 class _Held:
     """A chunk in memory, or what has come of it, and how many still need it."""
 
-    __slots__ = ("count", "data", "growing", "grown_s", "peers", "written")
+    __slots__ = ("count", "data", "growing", "grown_s", "peers", "summed_size", "summing")
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, summing: Summing) -> None:
         self.data = data
         self.count = 1
-        self.written = False
         self.growing = Growing(data)
         self.grown_s = 0.0
         self.peers: list[int] = []
         """To whom it is sent on while it comes."""
+        self.summing = summing
+        self.summed_size = 0
+
+    @property
+    def is_written(self) -> bool:
+        return self.growing.stored_size == len(self.data)
 
 
 class Depot:
@@ -94,13 +99,24 @@ class Depot:
         """Note that *size* bytes have come; return whether the chunk is new here."""
         is_new = chunk not in self._coming
         if is_new:
-            self._coming[chunk] = _Held(data)
+            self._coming[chunk] = self._new(data)
         held = self._coming[chunk]
         if held.data is data:  # else another neighbour sends it too
-            held.growing.grow(size)
+            if chunk not in self._held:
+                self._put(chunk, held, size)
             held.grown_s = trio.current_time()
-            self._tell_peers(held)
+            self._take_in(held, size)
         return is_new
+
+    def _new(self, data: memoryview) -> _Held:
+        return _Held(data, self._manifest.algorithm.begin())
+
+    def _take_in(self, held: _Held, size: int) -> None:
+        """Send on, and sum, what has come."""
+        held.growing.grow(size)
+        self._tell_peers(held)
+        held.summing.update(held.data[held.summed_size : size])
+        held.summed_size = size
 
     def give_back(self, chunk: int, data: memoryview) -> None:
         """The rest does not come."""
@@ -121,18 +137,21 @@ class Depot:
     def _take_coming(self, chunk: int, data: memoryview) -> _Held:
         held = self._coming.get(chunk)
         if held is None or held.data is not data:
-            return _Held(data)
+            return self._new(data)
         return self._coming.pop(chunk)
 
     def _tell_peers(self, held: _Held) -> None:
         for peer in held.peers:
             self._board.more_for(peer)
 
-    def hold(self, chunk: int, data: memoryview) -> Callable[[], None]:
-        """Keep a chunk that is complete while the hop looks at it; call what is returned then."""
+    def hold(self, chunk: int, data: memoryview) -> tuple[bool, Callable[[], None]]:
+        """Keep a chunk that is complete while the hop looks at it.
+
+        Return whether it is right, and what is to be called then.
+        """
         held = self._take_coming(chunk, data)
-        held.growing.grow(len(data))
-        self._tell_peers(held)
+        self._take_in(held, len(data))
+        is_right = held.summing.digest() == self._manifest.sum_at(chunk)
         is_first = chunk not in self._held
         if is_first:
             self._held[chunk] = held
@@ -142,23 +161,35 @@ class Depot:
                 del self._held[chunk]  # the hop has it already, or wants it no more
             self._let_go(held)
 
-        return looked_at
+        return is_right, looked_at
 
     def write(self, chunk: int) -> None:
         """Hand a chunk that is held to the sink; see `take_written`."""
         assert self._sink is not None
         held = self._held[chunk]
-        began_s = trio.current_time()
-        if self._waiting or not self._sink.is_prompt or began_s < self._wary_until_s:
+        self._put(chunk, held, len(held.data))
+        if held.is_written:
+            self._done.append(chunk)
+        elif not self._failure:
             held.count += 1
             self._waiting.append(chunk)
             self._wanted.set()
+
+    def _put(self, chunk: int, held: _Held, size: int) -> None:
+        """Write what is new of a chunk, if that takes no time."""
+        began_s = trio.current_time()
+        sink = self._sink
+        if sink is None or self._failure or began_s < self._wary_until_s:
             return
+        if self._waiting or not sink.is_prompt:
+            return
+        growing = held.growing
         try:
-            self._done += self._sink.write([(chunk, held.data)])
-            held.written = True
+            sink.put(chunk, growing.stored_size, held.data[growing.stored_size : size])
         except (OSError, KaError) as error:
             self._failure = reason_of(error)
+            return
+        growing.stored_size = size
         if trio.current_time() - began_s > PROMPT_S:
             self._wary_until_s = trio.current_time() + WARY_S
 
@@ -184,7 +215,7 @@ class Depot:
         if held is None and coming is not None:
             coming.peers.append(peer)
             self._send_held(peer, chunk, coming)
-        elif held is not None and not held.written:
+        elif held is not None and not held.is_written:
             self._send_held(peer, chunk, held)
         elif (place := self._store.locate(chunk)) is not None:
             frame = (self._header(chunk, size), FilePayload(*place, size, _nothing))
@@ -199,6 +230,7 @@ class Depot:
 
     def _send_held(self, peer: int, chunk: int, held: _Held) -> None:
         held.count += 1
+        held.growing.place = self._store.locate(chunk)
         frame = (self._header(chunk, len(held.data)), GrowingPayload(held.growing))
         self._board.put(peer, frame, lambda: self._let_go(held))
 

@@ -1,6 +1,7 @@
-"""Open files, by number, so that a tree of many small files does not exhaust descriptors.
+"""The files that chunks are written to: open ones by number, and writing whole parts.
 
-Thread-safe: a descriptor that is lent is not closed before it is given back.
+A tree of many small files does not exhaust descriptors.  Thread-safe: a descriptor that is lent is
+not closed before it is given back.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["FileCache"]
+__all__ = ["FileCache", "write_at"]
 
 OPEN_COUNT_MAX = 64
 
@@ -63,3 +64,11 @@ class FileCache:
                 self._stale.add(fd)
             else:
                 os.close(fd)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Write all of *data*."""
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data = data[count:]
+        offset += count

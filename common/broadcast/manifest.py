@@ -20,7 +20,8 @@ import hashlib
 import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from common import checksum, codec
 from common.checksum import Buffer
@@ -34,6 +35,7 @@ __all__ = [
     "TRANSFER_ID_SIZE",
     "Algorithm",
     "Manifest",
+    "Summing",
     "decode_signed",
     "encode_signed",
 ]
@@ -49,8 +51,15 @@ CHUNK_COUNT_MAX = 1 << 18
 assert CHUNK_COUNT_MAX * 16 + 4096 < PAYLOAD_SIZE_MAX, "a manifest is the payload of one message"
 
 
-def _blake2b(data: Buffer) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
+class Summing(Protocol):
+    """The sum of a chunk that comes in parts."""
+
+    def update(self, data: Buffer, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+_blake2b = partial(hashlib.blake2b, digest_size=16)
 
 
 class Algorithm(enum.Enum):
@@ -65,11 +74,16 @@ class Algorithm(enum.Enum):
         return size
 
     def sum_of(self, data: Buffer) -> bytes:
-        return _FUNCTIONS[self](data)
+        summing = self.begin()
+        summing.update(data)
+        return summing.digest()
+
+    def begin(self) -> Summing:
+        return _SUMMING[self]()
 
 
-_FUNCTIONS: dict[Algorithm, Callable[[Buffer], bytes]] = {
-    Algorithm.XXH3: checksum.digest_bytes,
+_SUMMING: dict[Algorithm, Callable[[], Summing]] = {
+    Algorithm.XXH3: checksum.Summing,
     Algorithm.BLAKE2B: _blake2b,
 }
 _BY_NAME = {algorithm.value[0]: algorithm for algorithm in Algorithm}

@@ -208,11 +208,11 @@ class Relay:
         return self.depot.lend(size)
 
     def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None:
-        assert self._plan is not None
         assert self.depot is not None
         assert self.hop is not None
-        intact = self._plan.manifest.verify(chunk, data)
-        looked_at = self.depot.hold(chunk, data)
+        if not self.hop.node.have >> chunk & 1:
+            self.depot.came(chunk, data, len(data))
+        intact, looked_at = self.depot.hold(chunk, data)
         now = trio.current_time()
         try:
             self._perform(self.hop.chunk_received(edge.peer, chunk, intact, now))

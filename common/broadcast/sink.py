@@ -22,7 +22,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from common.broadcast import chunkset
-from common.broadcast.filecache import FileCache
+from common.broadcast.filecache import FileCache, write_at
 from common.broadcast.image import Content, Entry, EntryKind, Piece
 from common.broadcast.manifest import Manifest
 from common.broadcast.place import Place
@@ -66,12 +66,16 @@ class FileSink:
 
     def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
         for chunk, data in chunks:
-            at = 0
-            for piece in self._pieces(chunk):
-                with self._files.lend(piece.entry) as fd:
-                    _write_at(fd, data[at : at + piece.length], piece.offset)
-                at += piece.length
+            self.put(chunk, 0, data)
         return [chunk for chunk, _ in chunks]
+
+    def put(self, chunk: int, at: int, part: memoryview) -> None:
+        assert self._manifest is not None
+        start, _ = self._manifest.extent(chunk)
+        for piece in self._content.pieces(start + at, len(part)):
+            with self._files.lend(piece.entry) as fd:
+                write_at(fd, part[: piece.length], piece.offset)
+            part = part[piece.length :]
 
     def verify(self) -> list[int]:
         self._sync_stage()
@@ -284,13 +288,6 @@ def _fits(fd: int, entry: Entry) -> bool:
         if at == len(ends) or entry.ranges[at][0] > start:
             return False
     return True
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data = data[count:]
-        offset += count
 
 
 def _copy(source: int, target: int, piece: Piece) -> None:

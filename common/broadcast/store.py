@@ -33,13 +33,20 @@ class Sink(Store, Protocol):
 
     @property
     def is_prompt(self) -> bool:
-        """Whether `write` waits for nothing but memory, most of the time.
+        """Whether writing waits for nothing but memory, most of the time.
 
-        If so it is called in the main thread, as long as that stays true.
+        If so it is done in the main thread, by `put`, as long as that stays true.
         """
 
     def open(self, manifest: Manifest, entries: Sequence[Entry]) -> int:
         """Get ready; return the chunks that are there already, each with its sum found right."""
+
+    def put(self, chunk: int, at: int, part: memoryview) -> None:
+        """Take a part of a chunk while it comes, *at* bytes from its beginning.
+
+        It counts when all of the chunk was given and its sum is right; till then the place of the
+        chunk may hold anything.  Only called if `is_prompt`.
+        """
 
     def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
         """Take chunks, in any order; return those that can now be read back or are used up.

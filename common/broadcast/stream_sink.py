@@ -16,6 +16,7 @@ import threading
 from collections.abc import Sequence
 
 from common.broadcast import chunkset
+from common.broadcast.filecache import write_at
 from common.broadcast.image import Content, Entry
 from common.broadcast.manifest import Manifest
 from common.errors import Code, KaError, from_errno
@@ -51,15 +52,12 @@ class _FlatSink:
         pieces = self._content.pieces(*self._manifest.extent(chunk))
         return b"".join(os.pread(self._fd, piece.length, piece.offset) for piece in pieces)
 
-    def _put(self, chunk: int, data: memoryview) -> None:
+    def put(self, chunk: int, at: int, part: memoryview) -> None:
         assert self._manifest is not None
-        for piece in self._content.pieces(*self._manifest.extent(chunk)):
-            offset, part = piece.offset, data[: piece.length]
-            data = data[piece.length :]
-            while part:
-                count = os.pwrite(self._fd, part, offset)
-                part = part[count:]
-                offset += count
+        start, _ = self._manifest.extent(chunk)
+        for piece in self._content.pieces(start + at, len(part)):
+            write_at(self._fd, part[: piece.length], piece.offset)
+            part = part[piece.length :]
 
     def _wrong(self) -> list[int]:
         """Return the chunks that are not there as they should be."""
@@ -101,7 +99,7 @@ class DeviceSink(_FlatSink):
 
     def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
         for chunk, data in chunks:
-            self._put(chunk, data)
+            self.put(chunk, 0, data)
         return [chunk for chunk, _ in chunks]
 
     def verify(self) -> list[int]:
@@ -147,7 +145,7 @@ class CommandSink(_FlatSink):
     def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
         assert self._manifest is not None
         for chunk, data in chunks:
-            self._put(chunk, data)
+            self.put(chunk, 0, data)
             self._spooled |= 1 << chunk
         taken = []
         while self._spooled >> self._next & 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -213,11 +212,11 @@ async def test_a_source_that_changes_meanwhile_ends_the_transfer(tmp_path: Path)
     party = Party(shape(Kind.CHAIN, 1), replace(QUICK, orphan_s=1.0))
 
     class ChangingSink(FileSink):
-        def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
+        def put(self, chunk: int, at: int, part: memoryview) -> None:
             with (tmp_path / "source").open("r+b") as file:
                 file.seek(150 * CHUNK_SIZE)
                 file.write(b"changed")
-            return super().write(chunks)
+            super().put(chunk, at, part)
 
     with pytest.raises(ExceptionGroup) as caught:
         await party.run(tmp_path / "source", {1: ChangingSink(str(tmp_path / "out1"))})

@@ -26,9 +26,9 @@ class CountingSink(FileSink):
 
     written_count = 0
 
-    def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
-        self.written_count += len(chunks)
-        return super().write(chunks)
+    def put(self, chunk: int, at: int, part: memoryview) -> None:
+        self.written_count += not at
+        super().put(chunk, at, part)
 
 
 def make_tree(root: Path, file_count: int = FILE_COUNT) -> None:
@@ -193,7 +193,7 @@ async def test_nothing_changes_at_the_destination_when_a_transfer_fails(tmp_path
     (target / "a" / "file").write_bytes(b"old")
 
     class FailingSink(FileSink):
-        def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
+        def put(self, chunk: int, at: int, part: memoryview) -> None:
             raise OSError(5, "Input/output error")
 
     party = Party(shape(Kind.CHAIN, 1))
