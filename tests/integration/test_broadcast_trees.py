@@ -15,19 +15,21 @@ from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.sink import FileSink
 from common.broadcast.topology import Kind
 from common.errors import Code, KaError
-from tests.support.transfers import CHUNK_SIZE, Party, shape
+from tests.support.transfers import CHUNK_SIZE, Party, random_file, shape
 
 FILE_COUNT = 500
 MANY_COUNT = 5000
 
 
 class CountingSink(FileSink):
-    """Knows how many chunks had to travel."""
+    """Knows how many chunks had to travel, and in how many parts they were written."""
 
     written_count = 0
+    part_count = 0
 
     def put(self, chunk: int, at: int, part: memoryview) -> None:
         self.written_count += not at
+        self.part_count += 1
         super().put(chunk, at, part)
 
 
@@ -121,6 +123,20 @@ async def test_a_tree_arrives_as_it_is_and_again_for_nothing(tmp_path: Path) -> 
         assert (target / "holes").stat().st_blocks * 512 < 1 << 20
     assert await copy(tmp_path / "source", targets) == 0
     check_equal(tmp_path / "source", targets[0])
+
+
+async def test_large_chunks_are_written_as_they_come_and_arrive_whole(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for number, size in enumerate((3_000_000, 1, 900_000, 0, 5_000_000)):
+        random_file(source / f"file{number}", size, seed=number)
+    sinks = {rank: CountingSink(str(tmp_path / f"target{rank}")) for rank in (1, 2)}
+    party = Party(shape(Kind.CHAIN, 2))
+    summary = await party.run(source, dict(sinks), chunk_size=4 << 20)
+    assert summary.exit_code == 0
+    for rank, sink in sinks.items():
+        assert sink.part_count > sink.written_count
+        check_equal(source, tmp_path / f"target{rank}")
 
 
 async def test_only_what_has_changed_travels_however_places_shift(tmp_path: Path) -> None:

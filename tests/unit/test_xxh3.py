@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import xxhash
 from hypothesis import given
@@ -49,3 +51,17 @@ def test_without_xxhash_all_sums_stay_the_same(monkeypatch: pytest.MonkeyPatch) 
         checksum.digest_bytes(data),
         checksum.block_sum(pieces, 4096),
     )
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@given(data=st.binary(max_size=2000), cuts=st.lists(st.integers(0, 2000), max_size=5))
+def test_what_comes_in_parts_has_the_sum_of_the_whole(
+    compiled: bool, data: bytes, cuts: list[int]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checksum, "COMPILED", compiled)
+        summing = checksum.Summing()
+        places = sorted(min(cut, len(data)) for cut in cuts)
+        for start, stop in pairwise((0, *places, len(data))):
+            summing.update(data[start:stop])
+        assert summing.digest() == checksum.digest_bytes(data)
