@@ -46,6 +46,10 @@ SHARD_SHIFT = 48
 NAME_SIZE_MAX = 255
 SYMLINK_SIZE_MAX = 4095
 LINK_COUNT_MAX = 1 << 31
+DIRECTORY_SIZE = 4096
+"""What every directory says of its size; nobody counts on it."""
+FIRST_COOKIE = 3
+"""1 and 2 are `.` and `..` for those who list them."""
 XATTR_NAME_SIZE_MAX = 255
 XATTR_VALUE_SIZE_MAX = 65536
 FILE_SIZE_MAX = (1 << 63) - 1
@@ -117,6 +121,30 @@ class Inode(NamedTuple):
     def is_file(self) -> bool:
         return stat.S_ISREG(self.mode)
 
+    @classmethod
+    def directory(
+        cls, ino: int, parent: int, mode: int, now_ns: int, *, uid: int = 0, gid: int = 0
+    ) -> Inode:
+        """Return an empty directory without a layout of its own."""
+        return cls(
+            ino=ino,
+            mode=stat.S_IFDIR | (mode & 0o7777),
+            uid=uid,
+            gid=gid,
+            rdev=0,
+            nlink=2,
+            size=DIRECTORY_SIZE,
+            atime_ns=now_ns,
+            mtime_ns=now_ns,
+            ctime_ns=now_ns,
+            btime_ns=now_ns,
+            change=1,
+            layout=None,
+            parent=parent,
+            next_cookie=FIRST_COOKIE,
+            target=b"",
+        )
+
     def encode(self) -> bytes:
         return codec.encode((RECORD_VERSION, *self))
 
@@ -157,10 +185,6 @@ class Dentry(NamedTuple):
     """The file type bits of st_mode, shifted right by 12 (DT_* of readdir)."""
     cookie: int
     """The readdir offset of this entry for life: at least 3, unique in its directory."""
-
-
-FIRST_COOKIE = 3
-"""1 and 2 are `.` and `..` for those who list them."""
 
 
 class Iod(NamedTuple):

@@ -7,8 +7,6 @@ changed meanwhile.  A plan that no longer applies returns False, and nothing is 
 
 from __future__ import annotations
 
-import stat
-
 from common import codec
 from nfsp import keys
 from nfsp.fsck import entries, steps
@@ -31,8 +29,6 @@ from nfsp.model import FILE_SIZE_MAX, FIRST_COOKIE, ROOT, Inode, Remains
 __all__ = ["LOST_AND_FOUND", "Edit", "order", "plan"]
 
 LOST_AND_FOUND = b"lost+found"
-DIRECTORY_SIZE = 4096
-"""What every directory says; nobody counts on it."""
 INTEGER_MAX = (1 << 64) - 1
 """The largest number a record can hold."""
 
@@ -221,33 +217,12 @@ def _lost_and_found(edit: Edit) -> steps.Steps[Inode | None]:
     ino = decode_counter(counter)
     if not ino or (yield from edit.get(keys.inode(ino))) is not None:
         return None
-    directory = _directory(ino, ROOT, edit.now_ns)
+    directory = Inode.directory(ino, ROOT, 0o700, edit.now_ns)
     yield from edit.put(keys.NEXT_INO, encode_counter(ino + 1))
     yield from edit.put_inode(directory)
     root = yield from edit.add_entry(root, LOST_AND_FOUND, directory)
     yield from edit.put_inode(root)
     return directory
-
-
-def _directory(ino: int, parent: int, now_ns: int) -> Inode:
-    return Inode(
-        ino=ino,
-        mode=stat.S_IFDIR | 0o700,
-        uid=0,
-        gid=0,
-        rdev=0,
-        nlink=2,
-        size=DIRECTORY_SIZE,
-        atime_ns=now_ns,
-        mtime_ns=now_ns,
-        ctime_ns=now_ns,
-        btime_ns=now_ns,
-        change=0,
-        layout=None,
-        parent=parent,
-        next_cookie=FIRST_COOKIE,
-        target=b"",
-    )
 
 
 def _release(edit: Edit, ino: int) -> steps.Steps[bool]:
@@ -269,7 +244,7 @@ def _release(edit: Edit, ino: int) -> steps.Steps[bool]:
 
 
 def _rebuild(mend: Rebuild, edit: Edit) -> steps.Steps[None]:
-    directory = _directory(mend.ino, mend.parent, edit.now_ns)
+    directory = Inode.directory(mend.ino, mend.parent, 0o700, edit.now_ns)
     yield from edit.put_inode(
         directory._replace(
             nlink=mend.nlink,

@@ -42,6 +42,7 @@ from nfsp.mds.view import (
     target_of,
 )
 from nfsp.model import (
+    DIRECTORY_SIZE,
     FIRST_COOKIE,
     ID_MAX,
     LINK_COUNT_MAX,
@@ -54,9 +55,7 @@ from nfsp.model import (
     Superblock,
 )
 
-__all__ = ["DIRECTORY_SIZE", "create", "mkfs"]
-
-DIRECTORY_SIZE = 4096
+__all__ = ["create", "mkfs"]
 
 _KIND_MASK = 0o170000
 _KINDS = frozenset(
@@ -82,24 +81,7 @@ def mkfs(
     gid: int = 0,
 ) -> Writes:
     """Return the records of an empty file system."""
-    root = Inode(
-        ino=ROOT,
-        mode=stat.S_IFDIR | (mode & 0o7777),
-        uid=uid,
-        gid=gid,
-        rdev=0,
-        nlink=2,
-        size=DIRECTORY_SIZE,
-        atime_ns=now_ns,
-        mtime_ns=now_ns,
-        ctime_ns=now_ns,
-        btime_ns=now_ns,
-        change=1,
-        layout=None,
-        parent=ROOT,
-        next_cookie=FIRST_COOKIE,
-        target=b"",
-    )
+    root = Inode.directory(ROOT, ROOT, mode, now_ns, uid=uid, gid=gid)
     return {
         keys.SUPERBLOCK: superblock.encode(),
         keys.CLUSTER_MAP: cluster_map.encode(),

@@ -10,9 +10,9 @@ import pytest
 from common import codec
 from common.errors import Code
 from nfsp import keys, wire
-from nfsp.mds import create, namespace
+from nfsp.mds import namespace
 from nfsp.mds.view import PurgeReady
-from nfsp.model import LINK_COUNT_MAX, ROOT, Layout, Remains
+from nfsp.model import DIRECTORY_SIZE, LINK_COUNT_MAX, ROOT, Layout, Remains
 from tests.support.space import Space, refused
 
 KINDS = {
@@ -43,7 +43,7 @@ def test_created_inode_has_the_attributes_asked_for(space: Space, kind: int) -> 
     assert made.rdev == (0x103 if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0)
     assert made.nlink == (2 if kind == stat.S_IFDIR else 1)
     assert made.parent == (ROOT if kind == stat.S_IFDIR else 0)
-    assert made.size == (create.DIRECTORY_SIZE if kind == stat.S_IFDIR else 0)
+    assert made.size == (DIRECTORY_SIZE if kind == stat.S_IFDIR else 0)
     times = {made.atime_ns, made.mtime_ns, made.ctime_ns, made.btime_ns}
     assert times == {space.now_ns}
 
