@@ -25,7 +25,7 @@ demo: setup
 
 test:
 	@scripts/setup test
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(TESTARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder --durations=20 $(TESTARGS)
 
 lint:
 	@scripts/setup test
