@@ -10,9 +10,11 @@ for as long as it is needed: a loop device at the partition's offset.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,10 @@ from common.errors import Code, KaError
 from kadeploy.disks import LSBLK_COLUMNS, partition_path
 from kadeploy.orders import MountPoint, Place
 
-__all__ = ["check", "facts", "mounted", "opened", "run"]
+__all__ = ["check", "facts", "mounted", "opened", "run", "wait_until_free"]
 
 OUTPUT_SIZE_MAX = 2000
+RELEASE_TIMEOUT_S = 30.0
 
 
 def run(words: Sequence[str], *, stdin: bytes = b"") -> str:
@@ -107,6 +110,25 @@ def _flush(device: str) -> None:
         os.close(descriptor)
 
 
+def wait_until_free(device: str) -> None:
+    """Wait until nobody has a device to himself; raises EIO after half a minute.
+
+    A process that was started with a mount namespace of its own while a file system was mounted
+    keeps it mounted for as long as it runs, whatever `umount` says here.  NTFS's driver, which is
+    a program, may then still have things to write.
+    """
+    deadline_s = time.monotonic() + RELEASE_TIMEOUT_S
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                raise KaError(Code.EIO, f"{device}: {error.strerror}") from None
+        else:
+            return
+        time.sleep(0.01)
+
+
 def _starts_at(path: str, place: Place) -> bool:
     """Whether the kernel's device for a partition is there and is the planned one."""
     block = Path("/sys/class/block") / Path(path).name
@@ -134,6 +156,7 @@ def mounted(mounts: Sequence[MountPoint], root: Path) -> Iterator[Path]:
                 raise KaError(Code.EIO, f"mount point {one.path} leads out of the new system")
             point.mkdir(parents=True, exist_ok=True)
             if one.filesystem == "ntfs":
+                stack.callback(wait_until_free, device)
                 # As Windows does, without regard to case: there must not be a second /windows.
                 run(["lowntfs-3g", "-o", "streams_interface=xattr,ignore_case", device, str(point)])
             else:
