@@ -114,7 +114,7 @@ async def broadcast(
     report: Callable[[str, str], None],
 ) -> None:
     """Send an image; report every node.  Raises KaError when the source cannot be read."""
-    source = Source(str(image), sparse=False)
+    source = Source(str(image))
     await trio.to_thread.run_sync(source.scan)
     sockets = listen(f"{listen_on}:0")
     host, port = sockets[0].getsockname()[:2]
