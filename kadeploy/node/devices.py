@@ -15,15 +15,16 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import Code, KaError
+from common.storage import sync_file_system
 from kadeploy.disks import LSBLK_COLUMNS, partition_path
 from kadeploy.orders import MountPoint, Place
 
-__all__ = ["check", "facts", "mounted", "opened", "run", "wait_until_free"]
+__all__ = ["check", "facts", "flush", "flushed", "mounted", "opened", "run", "wait_until_free"]
 
 OUTPUT_SIZE_MAX = 2000
 RELEASE_TIMEOUT_S = 30.0
@@ -105,9 +106,35 @@ def _flush(device: str) -> None:
     """Put on the disk what is still in memory; `os.sync` would wait for all other disks too."""
     descriptor = os.open(device, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor, device)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int, name: str) -> None:
+    """Put a device on its disk; raises EIO if anything that was written to it cannot be."""
+    _flushing(os.fsync, descriptor, name)
+
+
+@contextlib.contextmanager
+def flushed(directory: Path) -> Iterator[None]:
+    """Put the file system of *directory* on its disk in the end, as one.
+
+    Raises EIO if anything that was written to it meanwhile cannot be.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield
+        _flushing(sync_file_system, descriptor, str(directory))
+    finally:
+        os.close(descriptor)
+
+
+def _flushing(call: Callable[[int], None], descriptor: int, name: str) -> None:
+    try:
+        call(descriptor)
+    except OSError as error:
+        raise KaError(Code.EIO, f"{name}: cannot be flushed: {error.strerror}") from None
 
 
 def wait_until_free(device: str) -> None:
@@ -163,6 +190,7 @@ def mounted(mounts: Sequence[MountPoint], root: Path) -> Iterator[Path]:
                 kind = ["-t", one.filesystem] if one.filesystem else []
                 run(["mount", *kind, device, str(point)])
             stack.callback(run, ["umount", str(point)])
+            stack.enter_context(flushed(point))
             if one.filesystem == "ntfs" and os.statvfs(point).f_flag & os.ST_RDONLY:
                 raise KaError(
                     Code.USAGE,
