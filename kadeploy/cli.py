@@ -113,6 +113,12 @@ def env_check(path: Path, sums: bool) -> None:
     for image in environment.images():
         recording.check_image(path.parent / image.file, image.checksum if sums else None)
     click.echo(f"{path}: {environment.name} version {environment.version} is good")
+    for image in environment.images():
+        if image.begins_again:
+            click.echo(
+                f"note: {image.file} is compressed: if it is cut off it is sent from the beginning;"
+                " with compression none only what a disk lacks is sent"
+            )
 
 
 @env.command("add", epilog="Example: kadeploy env add debian12/env.yaml")

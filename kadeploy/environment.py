@@ -198,6 +198,11 @@ class Image:
     index: int = 1
     """Of the image in a WIM."""
 
+    @property
+    def begins_again(self) -> bool:
+        """A raw image of which the disk cannot show what has come: its sums are of other bytes."""
+        return self.kind is ImageKind.RAW and self.compression is not Compression.NONE
+
     def validate(self) -> None:
         if not self.file or "\0" in self.file:
             raise ValueError("an image needs a file")

@@ -89,6 +89,11 @@ class WriteImage:
     index: int
     filesystem: str
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the stream's bytes are the disk's: then the disk shows what has come of it."""
+        return self.kind == "raw" and self.compression == "none"
+
 
 @dataclass(frozen=True, slots=True)
 class NewFile:

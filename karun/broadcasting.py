@@ -163,9 +163,8 @@ class Broadcast:
         """Send one source to the nodes of a wave; return those that have verified it."""
         ranks = sorted(wave)
         facts = {rank: self._addresses.pop(rank) for rank in ranks}
-        has_device = any(one["device"] for one in facts.values())
         path = item.path if item.spool < 0 else os.dup(item.spool)
-        source = Source(path, sparse=not has_device)
+        source = Source(path)
         await trio.to_thread.run_sync(source.scan)
         choice = self._planned(source.size, ranks)
         own = self._own_address(facts[ranks[0]]["address"])
@@ -273,7 +272,7 @@ class Broadcast:
             facts = json.loads(line)
             if "address" in facts:
                 parse_address(facts["address"])
-                facts = {"device": False, "summed": False, **facts}
+                facts = {"summed": False, **facts}
                 self._addresses[rank] = facts
             elif "failed" in facts:
                 self._failures[rank] = printable(str(facts["failed"]))

@@ -5,7 +5,7 @@ comes.  For each transfer a socket is opened and its address said; then a JOB co
 the nodes of this transfer, or the input ends.  One that is not for this node is passed over, so a
 node that comes late waits for its own.
 
-What is said, one JSON object a line: {"address", "summed", "device"}, then of each transfer
+What is said, one JSON object a line: {"address", "summed"}, then of each transfer
 {"done": true} or {"failed": why}.  A command's own output goes to standard error.
 The head's side: karun/copying.py.
 """
@@ -75,11 +75,7 @@ def main(incoming: Iterator[tuple[int, bytes]], words: list[str]) -> int:
             return 1
         host, port = sockets[0].getsockname()[:2]
         is_device = not command and _is_device(path)
-        say(
-            address=f"{_bracketed(host)}:{port}",
-            summed=checksum.COMPILED,
-            device=is_device,
-        )
+        say(address=f"{_bracketed(host)}:{port}", summed=checksum.COMPILED)
         found = _next_job(incoming, rank)
         if found is None:
             return 0

@@ -15,7 +15,6 @@ and no link is followed (`place`).  What the table may say is `image`'s business
 from __future__ import annotations
 
 import bisect
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -27,6 +26,7 @@ from common.broadcast.image import Content, Entry, EntryKind, Piece
 from common.broadcast.manifest import Manifest
 from common.broadcast.place import Place
 from common.errors import Code, KaError, from_errno
+from common.storage import sync_file_system
 
 __all__ = ["FileSink"]
 
@@ -185,7 +185,7 @@ class FileSink:
     def _sync_stage(self) -> None:
         """Put what is in the stage on stable storage."""
         if len(self._staged) > SYNC_ONE_BY_ONE_MAX:
-            _sync_file_system(self._stage)
+            sync_file_system(self._stage)
             return
         for index in self._staged:
             with self._files.lend(index) as fd:
@@ -215,7 +215,7 @@ class FileSink:
         for entry in reversed(directories):  # what was made inside has changed their times
             place.dress_directory(entry)
         if len(self._entries) > SYNC_ONE_BY_ONE_MAX:
-            _sync_file_system(self._stage)
+            sync_file_system(self._stage)
         else:
             place.sync_directories()
 
@@ -302,9 +302,3 @@ def _copy(source: int, target: int, piece: Piece) -> None:
             raise KaError(Code.EIO, "the destination was changed while it was being read")
         left -= count
         offset += count
-
-
-def _sync_file_system(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(fd):
-        raise OSError(ctypes.get_errno(), "cannot flush the file system")

@@ -10,20 +10,24 @@ for as long as it is needed: a loop device at the partition's offset.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import Code, KaError
+from common.storage import sync_file_system
 from kadeploy.disks import LSBLK_COLUMNS, partition_path
 from kadeploy.orders import MountPoint, Place
 
-__all__ = ["check", "facts", "mounted", "opened", "run"]
+__all__ = ["check", "facts", "flush", "flushed", "mounted", "opened", "run", "wait_until_free"]
 
 OUTPUT_SIZE_MAX = 2000
+RELEASE_TIMEOUT_S = 30.0
 
 
 def run(words: Sequence[str], *, stdin: bytes = b"") -> str:
@@ -102,9 +106,54 @@ def _flush(device: str) -> None:
     """Put on the disk what is still in memory; `os.sync` would wait for all other disks too."""
     descriptor = os.open(device, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        flush(descriptor, device)
     finally:
         os.close(descriptor)
+
+
+def flush(descriptor: int, name: str) -> None:
+    """Put a device on its disk; raises EIO if anything that was written to it cannot be."""
+    _flushing(os.fsync, descriptor, name)
+
+
+@contextlib.contextmanager
+def flushed(directory: Path) -> Iterator[None]:
+    """Put the file system of *directory* on its disk in the end, as one.
+
+    Raises EIO if anything that was written to it meanwhile cannot be.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        yield
+        _flushing(sync_file_system, descriptor, str(directory))
+    finally:
+        os.close(descriptor)
+
+
+def _flushing(call: Callable[[int], None], descriptor: int, name: str) -> None:
+    try:
+        call(descriptor)
+    except OSError as error:
+        raise KaError(Code.EIO, f"{name}: cannot be flushed: {error.strerror}") from None
+
+
+def wait_until_free(device: str) -> None:
+    """Wait until nobody has a device to himself; raises EIO after half a minute.
+
+    A process that was started with a mount namespace of its own while a file system was mounted
+    keeps it mounted for as long as it runs, whatever `umount` says here.  NTFS's driver, which is
+    a program, may then still have things to write.
+    """
+    deadline_s = time.monotonic() + RELEASE_TIMEOUT_S
+    while True:
+        try:
+            os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline_s:
+                raise KaError(Code.EIO, f"{device}: {error.strerror}") from None
+        else:
+            return
+        time.sleep(0.01)
 
 
 def _starts_at(path: str, place: Place) -> bool:
@@ -134,12 +183,14 @@ def mounted(mounts: Sequence[MountPoint], root: Path) -> Iterator[Path]:
                 raise KaError(Code.EIO, f"mount point {one.path} leads out of the new system")
             point.mkdir(parents=True, exist_ok=True)
             if one.filesystem == "ntfs":
+                stack.callback(wait_until_free, device)
                 # As Windows does, without regard to case: there must not be a second /windows.
                 run(["lowntfs-3g", "-o", "streams_interface=xattr,ignore_case", device, str(point)])
             else:
                 kind = ["-t", one.filesystem] if one.filesystem else []
                 run(["mount", *kind, device, str(point)])
             stack.callback(run, ["umount", str(point)])
+            stack.enter_context(flushed(point))
             if one.filesystem == "ntfs" and os.statvfs(point).f_flag & os.ST_RDONLY:
                 raise KaError(
                     Code.USAGE,
