@@ -158,8 +158,7 @@ async def test_what_strangers_send_into_the_group_does_nothing(tmp_path: Path) -
     assert not notes
 
 
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize(("rank", "number"), [(3, signal.SIGSTOP), (1, signal.SIGKILL)])
 def test_a_node_that_stops_or_dies_in_the_pass_holds_nobody_up(
     tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
