@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["explain"]
+__all__ = ["explain", "refusal"]
 
 LINE_SIZE_MAX = 200
 
@@ -54,6 +54,17 @@ def explain(reason: str, words: bytes, exit_code: int | None) -> str:
     if what == "connector ended" and exit_code is not None:
         return f"the connector ended with code {exit_code}"
     return _clean(what) or "failed"
+
+
+def refusal(words: str) -> str:
+    """Return why sudo did not do it, if that is what these words, the last that came, are about."""
+    if words.endswith("sudo: command not found"):
+        return "no sudo on the node: install it, or log in as root"
+    if not words.startswith("sudo: "):
+        return ""
+    if "password is required" in words:
+        return "sudo asks for a password: allow it without one (NOPASSWD), or log in as root"
+    return words[:LINE_SIZE_MAX]
 
 
 def _clean(line: str) -> str:

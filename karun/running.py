@@ -117,8 +117,8 @@ def main(where: Where, options: Options) -> int:
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
     on_windows = where.via == WINDOWS
-    if on_windows and (options.mpi or options.sudo):
-        raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
+    if on_windows and options.mpi:
+        raise KaError(Code.USAGE, "--mpi is not for Windows nodes")
     run = where.windows(names) if on_windows else where.run(names)
     with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
@@ -185,6 +185,7 @@ async def _command(
         cwd=options.cwd,
         env=options.settings(),
         limit_s=options.limit_s,
+        sudo=options.sudo,
     )
 
 
