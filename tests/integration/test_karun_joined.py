@@ -184,7 +184,7 @@ def test_a_client_that_does_not_read_makes_a_gather_wait(shell: Shell, tmp_path:
 def test_the_end_of_a_session_ends_its_copies_with_one_line(tmp_path: Path) -> None:
     shell = Shell(tmp_path)
     shell("session", "start", "--via", "local", "-w", "n[1-2]")
-    random_file(tmp_path / "source", 2 * LARGE)
+    random_file(tmp_path / "source", 8 * LARGE)
     words = (*SLOWLY, str(tmp_path / "source"), f"{tmp_path}/%h")
     words = ("copy", "--session", "default", *words)
     user = shell.start(*words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
