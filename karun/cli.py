@@ -66,6 +66,8 @@ def main() -> NoReturn:
 @click.option("--uplink", help="Rate of a rack's uplink, each way.")
 @click.option("--chunk-size", help="Use this one.  [default: planned]")
 @click.option("--address", default="", metavar="HOST", help="Where nodes reach this machine.")
+@click.option("--late", "late_s", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS",
+              help="Call nodes again for so long that cannot be reached, as while they boot.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... DEST")
