@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import marshal
 import os
 import py_compile
 import sys
@@ -38,6 +39,8 @@ HEAVY_OWN = ("common/*.py", "common/broadcast/*.py", "karun/node_*.py")
 HEAVY_LEFT_OUT = ("_tests/", "/testing/", "_tools/", "uts46data.py", "__main__.py")
 _ROOT = Path(loader.__file__).parent.parent.parent
 _TIME = (1980, 1, 1, 0, 0, 0)
+_HEAD_SIZE = 16
+"""Of a compiled module, before the code."""
 _LOADER = "karun/agent/loader.py"
 
 
@@ -160,7 +163,10 @@ def _compiled(name: str, path: Path, directory: Path) -> bytes:
         optimize=2,
         invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
     )
-    return target.read_bytes()
+    module = target.read_bytes()
+    # Later formats of marshal note which objects are used more than once, by the reference counts
+    # of this very process: what else it has loaded would show.
+    return module[:_HEAD_SIZE] + marshal.dumps(marshal.loads(module[_HEAD_SIZE:]), 2)
 
 
 def _kept(kind: str, key: str) -> Path | None:

@@ -35,12 +35,14 @@ from common.broadcast.source import Source
 from common.broadcast.transfer import Progress, new_job, run_source
 from common.errors import KaError
 from common.sockets import listen, parse_address
-from karun import api, archive
+from karun import archive
 from karun.agent import frames
 from karun.agent.heavy import HEAVY
 from karun.copied import Copied, CopyOptions, Step, racks_of
+from karun.crew import Crew
 from karun.feed import CHUNK_SIZE
 from karun.node_copy import CONNECTION, INTERFACE, LOCAL, encode_job_frame
+from karun.orders import Invocation
 from karun.results import printable
 
 if TYPE_CHECKING:
@@ -73,17 +75,17 @@ class Broadcast:
 
     def __init__(
         self,
-        run: api.Run,
+        crew: Crew,
         destination: str,
         options: CopyOptions,
         on_progress: Callable[[Step], None] | None,
         on_output: Callable[[int, bytes], None] | None,
     ) -> None:
-        self._run = run
+        self._crew = crew
         self._options = options
         self._on_progress = on_progress
         self._on_output = on_output
-        reach = _REACH.get(run.connector.via, CONNECTION)
+        reach = _REACH.get(crew.via, CONNECTION)
         self._is_local = reach == LOCAL
         self._words = [destination, reach, options.command]
         self._lines: dict[int, bytes] = {}
@@ -99,11 +101,11 @@ class Broadcast:
 
     async def send(self, items: Sequence[Item]) -> list[Copied]:
         """Bring all sources to all nodes; raises KaError when it is the sources that fail."""
-        engine = self._run.engine
+        orders = self._crew.orders
         self._heavy = await trio.to_thread.run_sync(archive.build_heavy)
-        place = archive.xxhash_place() if self._run.connector.onehost else ""
+        place = archive.xxhash_place() if self._crew.onehost else ""
         words = ["relay", self._heavy.digest, place, *self._words]
-        self._command = engine.command(words, self, fed=True, task=True)
+        self._command = orders.command(Invocation(words, fed=True, task=True), self)
         self._command.done = self._notice
         try:
             while wave := await self._assembled():
@@ -113,16 +115,16 @@ class Broadcast:
                     if wave:
                         wave = await self._transfer(item, wave, into=len(items) > 1)
                 self._done |= wave
-            engine.end_input(self._command)
+            orders.end_input(self._command)
             with trio.move_on_after(END_S):
                 while self._command.pending & self._done:
                     await self._news()
         finally:
-            if self._command.pending and not engine.closed:
-                engine.abandon(self._command)
+            if self._command.pending and not orders.closed:
+                orders.abandon(self._command)
         return [
             Copied(rank, node, self._failures.get(rank), self._notes.get(rank, ""))
-            for rank, node in enumerate(self._run.nodes)
+            for rank, node in enumerate(self._crew.nodes)
         ]
 
     # ------------------------------------------------------------ who takes part
@@ -211,7 +213,7 @@ class Broadcast:
             expected_uplink_rate=options.uplink_rate,
             rate_limit=options.rate_limit,
         )
-        if self._run.connector.onehost:
+        if self._crew.onehost:
             crowd = node_count / (CROWD_COUNT * (os.cpu_count() or 1))
             if crowd > 1:
                 times = {name: getattr(found, name) * crowd for name in _PATIENCE}
@@ -220,13 +222,14 @@ class Broadcast:
 
     def _announce(self, job: Job, ranks: list[int], item: Item, *, into: bool) -> None:
         encoded = encode_job(job)
-        frame = encode_job_frame(ranks, item.name, encoded, is_tree=item.is_tree, into=into)
+        nodes = [self._crew.nodes[rank] for rank in ranks]
+        frame = encode_job_frame(nodes, item.name, encoded, is_tree=item.is_tree, into=into)
         self._feed(frame)
 
     def _feed(self, data: bytes) -> None:
         """Say something to all processes.  It is not much, and nobody is waited for."""
         for at in range(0, len(data), CHUNK_SIZE):
-            self._run.engine.feed(self._command, data[at : at + CHUNK_SIZE])
+            self._crew.orders.feed(self._command, data[at : at + CHUNK_SIZE])
 
     def _told(self, item: Item, size: int, node_count: int, progress: Progress) -> None:
         if self._on_progress is not None:

@@ -22,7 +22,7 @@ from karun.cli_reboot import reboot
 from karun.cli_run import run
 from karun.cli_shell import shell
 from karun.cli_top import top
-from karun.cli_where import split, where_options
+from karun.cli_where import session_option, split, split_joined, where_options
 from karun.client import DEFAULT
 from karun.copied import CopyOptions
 
@@ -49,6 +49,7 @@ def main() -> NoReturn:
 
 @karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
 @where_options
+@session_option
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
@@ -72,7 +73,7 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
     is the node's name.  Times, permissions and, for root, owners are kept.  What a node has
     already does not travel.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, rest = split(options)
+    where, rest = split_joined(options)
     if len(paths) < 2 and not command:
         raise KaError(Code.USAGE, "need a source and a destination")
     *sources, destination = (*paths, "") if command else paths
@@ -106,6 +107,7 @@ def _copy_options(
 
 @karun.command(epilog="Example: karun gather -w node[1-200] /var/log/syslog logs")
 @where_options
+@session_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("source", metavar="SRC")
@@ -115,7 +117,7 @@ def gather(source: str, directory: str, as_json: bool, quiet: bool, **options: A
 
     `%h` in SRC is the node's name.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, _rest = split(options)
+    where, _rest = split_joined(options)
     form = moving.Form(as_json=as_json, quiet=quiet)
     sys.exit(moving.gather(where, source, directory, form))
 

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import trio
 
+from common import nodeset
 from common.errors import Code, KaError
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
+from karun.crew import Crew, alone
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
@@ -29,7 +31,7 @@ from karun.ssh_options import fast_key_exchange
 from karun.terminal import TERMINAL
 from karun.windows_nodes import WindowsNodes
 
-__all__ = ["Where", "main"]
+__all__ = ["InSession", "Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
@@ -83,6 +85,10 @@ class Where:
         limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
         return api.Run(names, self.connector(names), limits=limits)
 
+    def crew(self) -> Crew:
+        """Return the run over all these nodes, not yet entered; raises KaError USAGE."""
+        return self.run(self.names())
+
     def windows(self, names: list[str]) -> WindowsNodes:
         """Return these nodes as what they are with `--via windows`."""
         return WindowsNodes(
@@ -90,6 +96,20 @@ class Where:
             options=() if self.no_fast_ssh else fast_key_exchange(self.ssh_config, names[0]),
             window=self.fanout,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class InSession:
+    """The options that say which nodes, when those of a session are meant."""
+
+    session: str
+    nodes: tuple[str, ...]
+    """None: all."""
+
+    def crew(self) -> Crew:
+        """Return these nodes, not yet joined; raises KaError USAGE."""
+        chosen = nodeset.expand(",".join(self.nodes)) if self.nodes else ()
+        return api.Joined(self.session, chosen)
 
 
 def main(where: Where, options: Options) -> int:
@@ -104,7 +124,7 @@ def main(where: Where, options: Options) -> int:
         try:
             return trio.run(_run, run, options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
-            raise api.alone(group) from None
+            raise alone(group) from None
 
 
 class _Prints:

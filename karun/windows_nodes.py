@@ -24,10 +24,10 @@ import trio
 
 from common.errors import Code, KaError
 from karun import windows
-from karun.api import Outcome, alone
 from karun.copied import Copied, CopyOptions, Step
-from karun.engine import TIMEOUT, Sink
+from karun.crew import Outcome, alone
 from karun.lines import STDERR, STDOUT
+from karun.orders import TIMEOUT, Sink
 from karun.reasons import explain
 
 __all__ = ["WindowsNodes"]

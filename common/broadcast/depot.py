@@ -185,6 +185,8 @@ class Depot:
         if self._waiting or not sink.is_prompt:
             return
         growing = held.growing
+        if growing.stored_size == size:
+            return
         waits = _wait_count()
         try:
             sink.put(chunk, growing.stored_size, held.data[growing.stored_size : size])

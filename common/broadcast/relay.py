@@ -18,6 +18,7 @@ import trio
 from common import log
 from common.broadcast import chunkset
 from common.broadcast.briefing import Briefing, Plan, decode_plan
+from common.broadcast.cost import piece_size
 from common.broadcast.depot import Depot, reason_of
 from common.broadcast.edge import Edge
 from common.broadcast.hop import Hop
@@ -64,6 +65,7 @@ class Relay:
         self._board = Switchboard(job, rank, self, self._lost)
         self._briefing = Briefing()
         self._plan: Plan | None = None
+        self._piece_size = 0
         self._early: list[tuple[int, Message]] = []
         self._serving: trio.Nursery | None = None
         self._work: trio.Nursery | None = None
@@ -91,6 +93,8 @@ class Relay:
     def know(self, plan: Plan) -> None:
         """Answer whoever asks for the plan."""
         self._plan = plan
+        depth = max(tree.depth for tree in self._topology.trees)
+        self._piece_size = piece_size(depth, plan.manifest.size, self._job.options.expected_rate)
         self._briefing.know(plan.encoded)
 
     async def fetch_plan(self) -> Plan:
@@ -205,6 +209,7 @@ class Relay:
         manifest = self._plan.manifest
         if not 0 <= chunk < manifest.chunk_count or size != manifest.extent(chunk)[1]:
             raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk, size=size)
+        edge.piece_size = self._piece_size
         return self.depot.lend(size)
 
     def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None:

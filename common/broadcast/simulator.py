@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from common.broadcast import chunkset
-from common.broadcast.cost import PIECE_SIZE
+from common.broadcast.cost import piece_size
 from common.broadcast.hop import Hop
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
@@ -136,6 +136,8 @@ class Simulation:
         self._topology = build(scenario.shape)
         size = scenario.chunk_count * scenario.chunk_size
         sums = bytes(8 * scenario.chunk_count)
+        depth = max(tree.depth for tree in self._topology.trees)
+        self._piece_size = piece_size(depth, size, scenario.link_rate)
         self._manifest = Manifest(
             bytes(16), "simulated", size, scenario.chunk_size, Algorithm.XXH3, sums
         )
@@ -274,7 +276,7 @@ class Simulation:
             sender.outgoing[peer] = chunks
         receiver = self._machines[peer]
         passed_on = not sender.hop.node.have >> chunk & 1
-        piece_s = min(PIECE_SIZE, self.scenario.chunk_size) / sender.rate
+        piece_s = min(self._piece_size, self.scenario.chunk_size) / sender.rate
         passed_s = sender.coming_s.get(chunk, self.now) + piece_s if passed_on else self.now
         took_s = self.scenario.chunk_size / sender.rate
         came_s = max(self.now, receiver.came_s) + self.scenario.chunk_size / receiver.rate
