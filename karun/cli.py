@@ -52,8 +52,10 @@ def main() -> NoReturn:
 @session_option
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
-@click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
-              Kind.MULTICAST.value]), help="Use this one.  [default: planned]")
+@click.option("--topology", type=click.Choice([kind.value for kind in Kind]),
+              help="Use this one.  [default: planned]")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--fanout", "tree_fanout", type=click.IntRange(min=1),
               help="Of k-ary; the number of stripes.")
 @click.option("--link", help="Rate of a node's link, each way; slower nodes are told of.")
@@ -84,6 +86,8 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
 def _copy_options(
     command: str,
     topology: str | None,
+    multicast: bool,
+    shared_medium: bool,
     tree_fanout: int | None,
     link: str | None,
     rate: str | None,
@@ -93,7 +97,8 @@ def _copy_options(
     address: str,
 ) -> CopyOptions:
     return CopyOptions(
-        topology=Kind(topology) if topology else None,
+        topology=planning.kind_of(topology, multicast),
+        shared_medium=shared_medium,
         fanout=tree_fanout,
         chunk_size=parse_size(chunk_size) if chunk_size else None,
         link_rate=planning.parse_rate(link) if link else 0.0,
@@ -166,8 +171,8 @@ def stop(name: str) -> None:
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind]), help="Use this one.")
 @click.option("--fanout", type=click.IntRange(min=1), help="Of k-ary; the number of stripes.")
 @click.option("--chunk-size", help="Use this one.")
-@click.option("--multicast", is_flag=True, help="The network carries multicast to all nodes.")
-@click.option("--shared-medium", is_flag=True, help="All nodes share one wire, as on a hub.")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--tree", is_flag=True, help="Draw the tree, however many nodes there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(nodes: str, size: str, as_json: bool, tree: bool, **options: Any) -> None:

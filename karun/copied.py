@@ -19,6 +19,8 @@ class CopyOptions:
     """How a copy is sent; what is not said is planned."""
 
     topology: Kind | None = None
+    shared_medium: bool = False
+    """All nodes share one wire or radio cell, which carries multicast."""
     fanout: int | None = None
     chunk_size: int | None = None
     link_rate: float = 0.0

@@ -171,7 +171,7 @@ class Node:
         self.attempt = attempt
         self.relays = True
         """False: slow, or failed; it feeds nobody."""
-        self.ledger = Ledger(topology.shape.receiver_count)
+        self.ledger = Ledger(topology.shape.receiver_count, chunk_count)
         self.actions: list[Action] = []
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""

@@ -73,7 +73,7 @@ async def test_content_permissions_and_times_arrive(tmp_path: Path, options: Cop
     assert status.st_mtime_ns == 1_234_567_890_123_456_789
 
 
-@pytest.mark.parametrize("kind", [Kind.FLAT, Kind.CHAIN, Kind.BINARY, Kind.STRIPES])
+@pytest.mark.parametrize("kind", [Kind.FLAT, Kind.CHAIN, Kind.BINARY, Kind.STRIPES, Kind.MULTICAST])
 async def test_every_topology_brings_every_byte(tmp_path: Path, kind: Kind) -> None:
     data = random_file(tmp_path / "source", 3_000_017)
     options = CopyOptions(topology=kind, chunk_size=128 << 10, rack_size=2)

@@ -84,6 +84,7 @@ PURE: frozenset[str] = frozenset(
         "common/broadcast/node.py",
         "common/broadcast/outcome.py",
         "common/broadcast/pace.py",
+        "common/broadcast/passing.py",
         "common/broadcast/planner.py",
         "common/broadcast/scenario.py",
         "common/broadcast/simulator.py",
