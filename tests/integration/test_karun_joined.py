@@ -222,6 +222,10 @@ def test_a_node_that_the_session_has_lost_is_named(tmp_path: Path) -> None:
          "-x does not go with --session (of its nodes -w chooses some)"),
         (["copy", "--session", "default", "-w", "n[6-8]", "/etc/passwd", "b"], 2,
          "not in this session: n[7-8]"),
+        (["copy", "--session", "default", "-w", "", "/etc/passwd", "b"], 2,
+         "no nodes: -w names an empty set"),
+        (["run", "--session", "default", "-w", "", "true"], 2, "no nodes: -w names an empty set"),
+        (["copy", "/etc/passwd", "b"], 2, "no nodes: name some by -w, -g, -a or --hostfile"),
         (["gather", "--session", "nope", "a", "b"], 3,
          "no session 'nope' (karun session start --name nope -w ...)"),
         (["copy", "--session", "../x", "a", "b"], 2, "not a name for a session: '../x'"),
@@ -328,8 +332,9 @@ async def test_a_cancelled_command_ends_on_the_nodes_and_others_go_on(tmp_path: 
 
 @pytest.mark.usefixtures("runtime")
 async def test_what_a_session_cannot_do_is_a_usage_error() -> None:
-    with pytest.raises(KaError, match="named twice"):
-        karun.Joined("default", ["n1", "n1"])
+    for names, why in ((["n1", "n1"], "a node is named twice"), ([], "no nodes")):
+        with pytest.raises(KaError, match=why):
+            karun.Joined("default", names)
     joined = karun.Joined("default")
     with pytest.raises(KaError, match="not joined"):
         await joined.command(["true"])
