@@ -207,6 +207,7 @@ class Broadcast:
             racks=racks_of(ranks, options.rack_size),
             network=network,
             kind=options.topology,
+            shared_medium=options.shared_medium,
             fanout=options.fanout,
             chunk_size=options.chunk_size,
         )

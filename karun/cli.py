@@ -53,8 +53,10 @@ def main() -> NoReturn:
 @sudo_option
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
-@click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
-              Kind.MULTICAST.value]), help="Use this one.  [default: planned]")
+@click.option("--topology", type=click.Choice([kind.value for kind in Kind]),
+              help="Use this one.  [default: planned]")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--fanout", "tree_fanout", type=click.IntRange(min=1),
               help="Of k-ary; the number of stripes.")
 @click.option("--link", help="Rate of a node's link, each way; slower nodes are told of.")
@@ -64,6 +66,8 @@ def main() -> NoReturn:
 @click.option("--uplink", help="Rate of a rack's uplink, each way.")
 @click.option("--chunk-size", help="Use this one.  [default: planned]")
 @click.option("--address", default="", metavar="HOST", help="Where nodes reach this machine.")
+@click.option("--late", "late_s", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS",
+              help="Call nodes again for so long that cannot be reached, as while they boot.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... DEST")
@@ -85,6 +89,8 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
 def _copy_options(
     command: str,
     topology: str | None,
+    multicast: bool,
+    shared_medium: bool,
     tree_fanout: int | None,
     link: str | None,
     rate: str | None,
@@ -95,7 +101,8 @@ def _copy_options(
     sudo: bool,
 ) -> CopyOptions:
     return CopyOptions(
-        topology=Kind(topology) if topology else None,
+        topology=planning.kind_of(topology, multicast),
+        shared_medium=shared_medium,
         fanout=tree_fanout,
         chunk_size=parse_size(chunk_size) if chunk_size else None,
         link_rate=planning.parse_rate(link) if link else 0.0,
@@ -172,8 +179,8 @@ def stop(name: str) -> None:
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind]), help="Use this one.")
 @click.option("--fanout", type=click.IntRange(min=1), help="Of k-ary; the number of stripes.")
 @click.option("--chunk-size", help="Use this one.")
-@click.option("--multicast", is_flag=True, help="The network carries multicast to all nodes.")
-@click.option("--shared-medium", is_flag=True, help="All nodes share one wire, as on a hub.")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--tree", is_flag=True, help="Draw the tree, however many nodes there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(nodes: str, size: str, as_json: bool, tree: bool, **options: Any) -> None:

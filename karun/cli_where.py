@@ -56,7 +56,7 @@ def where_options(command: Callable[..., None]) -> Callable[..., None]:
 def split(options: dict[str, Any]) -> tuple[Where, dict[str, Any]]:
     """Return where a command goes, and its own options."""
     names = {field.name for field in fields(Where)}
-    where = Where(**{name: options.pop(name) for name in names})
+    where = Where(**{name: options.pop(name) for name in names & options.keys()})
     return where, options
 
 

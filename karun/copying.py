@@ -22,7 +22,7 @@ from common.errors import Code, KaError, from_errno
 from karun import broadcasting
 from karun.agent import place
 from karun.agent.process import CODE_NOT_FOUND
-from karun.copied import Copied, CopyOptions, Step
+from karun.copied import Copied, CopyOptions, Step, with_latecomers
 from karun.crew import Crew, Outcome
 from karun.reasons import refusal
 from karun.results import printable
@@ -69,9 +69,11 @@ async def copy(
     items = await trio.to_thread.run_sync(_look_at, sources)
     try:
         if _may_ride(crew, items, destination, options):
-            return await _ride(crew, items, destination, sudo=options.sudo)
-        sending = broadcasting.Broadcast(crew, destination, options, on_progress, on_output)
-        return await sending.send(items)
+            results = await _ride(crew, items, destination, sudo=options.sudo)
+        else:
+            sending = broadcasting.Broadcast(crew, destination, options, on_progress, on_output)
+            results = await sending.send(items)
+        return with_latecomers(results, crew.came_s)
     finally:
         for item in items:
             if item.spool >= 0:

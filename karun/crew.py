@@ -72,6 +72,11 @@ class Crew(abc.ABC):
     def onehost(self) -> bool:
         """Whether all nodes are this machine."""
 
+    @property
+    def came_s(self) -> Mapping[int, float]:
+        """By rank of nodes that could not be reached at first: when they came, in seconds."""
+        return {}
+
     async def command(
         self,
         argv: Sequence[str],

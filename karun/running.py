@@ -55,6 +55,7 @@ class Where:
     fanout: int
     tree: str
     connect_s: float
+    late_s: float = 0.0
 
     def names(self) -> list[str]:
         """Return the nodes; raises KaError USAGE."""
@@ -81,7 +82,9 @@ class Where:
 
     def run(self, names: list[str]) -> api.Run:
         """Return the run over these nodes, not yet entered."""
-        limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
+        limits = Limits(
+            window=self.fanout, connect_s=self.connect_s, tree=self.tree, late_s=self.late_s
+        )
         return api.Run(names, self.connector(names), limits=limits)
 
     def crew(self) -> Crew:
@@ -89,7 +92,9 @@ class Where:
         return self.run(self.names())
 
     def windows(self, names: list[str]) -> WindowsNodes:
-        """Return these nodes as what they are with `--via windows`."""
+        """Return these nodes as what they are with `--via windows`; raises KaError USAGE."""
+        if self.late_s:
+            raise KaError(Code.USAGE, "--late does not go with --via windows: copy again instead")
         return WindowsNodes(
             names, user=self.user, ssh_config=self.ssh_config, connect_s=self.connect_s,
             options=() if self.no_fast_ssh else fast_key_exchange(self.ssh_config, names[0]),

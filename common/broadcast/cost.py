@@ -37,6 +37,8 @@ CHUNK_SIZES = tuple(1 << bits for bits in range(16, 23))
 CHUNK_S = 0.05
 """What a chunk may take on the narrowest link, if it is not of the smallest size: whoever is
 relied on, or judged, is so by windows of chunks, well within a second."""
+LISTEN_S = 0.3
+"""Until the source of a multicast pass knows who listens, and what they lack."""
 PIECE_SIZES = tuple(1 << bits for bits in range(16, 19))
 """64 KiB ... 256 KiB: each costs every node a wake-up."""
 PIECE_S = 0.001
@@ -122,7 +124,7 @@ def shared_medium_s(topology: Topology, size: int, network: Network) -> float:
 
 
 def _predict_multicast(topology: Topology, size: int, network: Network) -> Cost:
-    """Everything once, what was lost again, and a round of complaints for each repair.
+    """Who listens, everything once, what was lost again, a round of complaints for each repair.
 
     With loss p and n nodes, after round r about n p**r of the nodes still miss a given chunk.
     """
@@ -130,9 +132,9 @@ def _predict_multicast(topology: Topology, size: int, network: Network) -> Cost:
     rounds = 0
     if loss:
         rounds = math.ceil(math.log(max(2, topology.shape.receiver_count)) / -math.log(loss))
-    tree = topology.trees[0]
-    round_s = 2 * tree.depth * (network.latency_s + network.hop_overhead_s)
+    round_s = 2 * topology.control.depth * (network.latency_s + network.hop_overhead_s)
     seconds = ideal_s(topology.shape.racks, size, network) / (1 - loss) + rounds * round_s
+    seconds += LISTEN_S
     return Cost(seconds, network.latency_s, "the sender's link")
 
 

@@ -23,12 +23,15 @@ __all__ = [
     "Finish",
     "Leave",
     "Nack",
+    "PassOver",
     "Refuse",
     "Report",
     "Want",
 ]
 
 HOP = Catalogue("hop")
+NOTHING = b"\x00"
+"""The set that is empty."""
 
 
 @HOP.message(1)
@@ -142,6 +145,10 @@ class Report(NamedTuple):
     """[rank, verdict, attempt, reason] each."""
     notes: list[Any]
     """[rank, text] each."""
+    ready: bytes = NOTHING
+    """Ranks that listen for the multicast pass, and have said what they lack."""
+    lacking: bytes = NOTHING
+    """Chunks that at least one of these lacks."""
 
 
 @HOP.message(12)
@@ -153,8 +160,15 @@ class Finish(NamedTuple):
 
 @HOP.message(13)
 class Nack(NamedTuple):
-    """Child to parent in the repair tree during a multicast pass: what receivers lack."""
+    """Child to parent on the control tree during a multicast pass: what receivers lack."""
 
     transfer: bytes
     gaps: list[Any]
     """[chunk, receivers that lack something of it, pieces that they lost, which ones] each."""
+
+
+@HOP.message(14)
+class PassOver(NamedTuple):
+    """Parent to child on the control tree: the multicast pass is over, attach in the data trees."""
+
+    transfer: bytes

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,7 +189,8 @@ def thin_disk(directory: Path, room: int) -> Iterator[tuple[str, Path]]:
         with loop_disk(holder / "disk", 4 * room) as device:
             yield device, holder / "disk"
     finally:
-        run("umount", holder)
+        # The kernel lets go of a loop device when the last who looks at it has closed it.
+        wait_until(lambda: subprocess.run(["umount", holder]).returncode == 0, "it is unmounted")
 
 
 @pytest.mark.parametrize("way", ["broadcast", "stream"])

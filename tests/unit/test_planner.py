@@ -137,19 +137,23 @@ def test_a_slow_uplink_is_crossed_once_and_sets_the_pace() -> None:
     assert flat.cost.seconds > 100 * ideal
 
 
-def test_multicast_is_chosen_on_a_shared_medium_only_where_it_is_carried() -> None:
-    carried = plan(GIB, 50, multicast=True, shared_medium=True)
-    assert carried.chosen.shape.kind is Kind.MULTICAST
-    assert "shared medium" in carried.reason
-    assert carried.chosen.cost.seconds < 1.1 * carried.ideal_s
-    not_carried = plan(GIB, 50, shared_medium=True)
-    kinds = {one.shape.kind for one in (not_carried.chosen, *not_carried.alternatives)}
+def test_multicast_is_chosen_on_a_shared_medium_and_considered_nowhere_else() -> None:
+    shared = plan(GIB, 50, shared_medium=True)
+    assert shared.chosen.shape.kind is Kind.MULTICAST
+    assert "shared medium" in shared.reason
+    assert shared.chosen.cost.seconds < 1.1 * shared.ideal_s
+    assert shared.chosen.chunk_size <= 256 * 1024
+    switched = plan(GIB, 50)
+    kinds = {one.shape.kind for one in (switched.chosen, *switched.alternatives)}
     assert Kind.MULTICAST not in kinds
-    with pytest.raises(KaError, match="multicast"):
-        plan(GIB, 50, kind=Kind.MULTICAST)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.MULTICAST])
+def test_a_little_is_not_worth_a_multicast_pass() -> None:
+    assert plan(100_000, 3, shared_medium=True).chosen.shape.kind is not Kind.MULTICAST
+    assert plan(100_000, 1, shared_medium=True).chosen.shape.kind is not Kind.MULTICAST
+
+
+@pytest.mark.parametrize("kind", list(Kind))
 def test_what_was_asked_for_is_planned_and_compared(kind: Kind) -> None:
     found = plan(GIB, 225, kind=kind)
     assert found.chosen.shape.kind is kind
