@@ -165,6 +165,8 @@ class _Orders:
                 self._heard(kind, rank, wire.fields_of(kind, payload))
         except (trio.BrokenResourceError, trio.EndOfChannel):
             raise KaError(Code.UNREACHABLE, "the session has ended") from None
+        except frames.FrameError as error:
+            raise KaError(Code.PROTOCOL, f"the session said what it should not: {error}") from None
 
     async def _next(self) -> tuple[int, int, bytes]:
         """Return a frame; raises EndOfChannel after the last."""

@@ -16,7 +16,7 @@ import trio
 
 import karun
 from common.errors import Code, KaError
-from karun import archive, session_wire
+from karun import archive, client, session_wire
 from karun.agent import frames
 from karun.copied import CopyOptions
 from tests.support.copies import process_writing, random_file
@@ -344,3 +344,29 @@ async def test_what_a_session_cannot_do_is_a_usage_error() -> None:
         async with karun.Joined("default", ["n9"]):
             pass
     assert caught.value.code is Code.USAGE
+
+
+async def test_a_session_that_says_nonsense_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = client.socket_path("liar")
+    about = frames.pack("local", 1, frames.pack("n1"))
+    nonsense = frames.encode(99, 0, frames.pack("x"))
+
+    async def lie(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1)
+        await stream.send_all(frames.encode(session_wire.JOINED, 0, about) + nonsense)
+        await trio.sleep_forever()
+
+    with trio.socket.socket(socket.AF_UNIX) as listener:
+        await listener.bind(path)
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            sockets = [trio.SocketListener(listener)]
+            nursery.start_soon(trio.serve_listeners, lie, sockets)
+            with pytest.raises(KaError, match="said what it should not") as caught:
+                async with karun.Joined("liar") as nodes:
+                    await nodes.command(["true"])
+            nursery.cancel_scope.cancel()
+    assert caught.value.code is Code.PROTOCOL
