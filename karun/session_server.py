@@ -185,6 +185,7 @@ class _Server:
                     stdin=None if options.no_stdin or wire.is_terminal(client.STDIN)
                     else wire.input(),
                     cwd=options.cwd, env=options.settings(), limit_s=options.limit_s,
+                    sudo=options.sudo,
                 )  # fmt: skip
             if sink.error is not None:
                 raise sink.error

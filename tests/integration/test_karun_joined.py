@@ -218,6 +218,8 @@ def test_a_node_that_the_session_has_lost_is_named(tmp_path: Path) -> None:
     [
         (["copy", "--session", "default", "--via", "ssh", "a", "b"], 2,
          "--via does not go with --session (of its nodes -w chooses some)"),
+        (["copy", "--session", "default", "--late", "9", "a", "b"], 2,
+         "--late does not go with --session (of its nodes -w chooses some)"),
         (["gather", "--session", "default", "-x", "n1", "a", "b"], 2,
          "-x does not go with --session (of its nodes -w chooses some)"),
         (["copy", "--session", "default", "-w", "n[6-8]", "/etc/passwd", "b"], 2,

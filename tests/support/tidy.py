@@ -132,6 +132,7 @@ PURE: frozenset[str] = frozenset(
         "karun/copied.py",
         "karun/feed.py",
         "karun/fold.py",
+        "karun/latecomers.py",
         "karun/launch_plan.py",
         "karun/lines.py",
         "karun/naming.py",
