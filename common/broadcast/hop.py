@@ -30,6 +30,7 @@ from common.broadcast import chunkset
 from common.broadcast.downstream import Budget, Downstream
 from common.broadcast.manifest import Manifest
 from common.broadcast.node import (
+    END,
     Action,
     Disconnect,
     Finished,
@@ -39,7 +40,7 @@ from common.broadcast.node import (
     WriteChunk,
 )
 from common.broadcast.outcome import Summary, Verdict
-from common.broadcast.topology import SOURCE, Topology, Tree
+from common.broadcast.topology import SOURCE, Topology
 from common.broadcast.upstream import Upstream, UpstreamState
 from common.broadcast.wire import (
     Accept,
@@ -51,6 +52,7 @@ from common.broadcast.wire import (
     Finish,
     Leave,
     Nack,
+    Promote,
     Refuse,
     Report,
     Want,
@@ -110,7 +112,7 @@ class Hop:
         self._verify_count = 0
         self._damaged: dict[int, int] = {}
         """Damaged chunks in a row, by sender."""
-        self._below = _below(topology.control, rank)
+        self._below = topology.control.below(rank)
         """This node and those that report through it."""
         self._now = 0.0
         self._started_s = 0.0
@@ -131,6 +133,7 @@ class Hop:
             Report: self._report,
             Finish: self._finish,
             Nack: self._nack,
+            Promote: self._promote,
         }
 
     # ------------------------------------------------------------ events
@@ -190,7 +193,9 @@ class Hop:
             self._take_damaged(peer, chunk, now)
         elif node.have >> chunk & 1:
             self.duplicate_count += 1
-            if up.is_parent(peer) and chunk not in self._unwritten:
+            if up.is_parent(peer) and chunk in self._unwritten:
+                self._unwritten[chunk] = peer  # who waits for the ack now
+            elif up.is_parent(peer):
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)
@@ -311,8 +316,10 @@ class Hop:
             raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
         if type(message) not in self._handlers:
             raise KaError(Code.PROTOCOL, "a chunk without its payload, or no message of hops")
-        if type(message) is Refuse and message.instead >= self.node.topology.rank_count:
+        if getattr(message, "instead", 0) >= self.node.topology.rank_count:
             raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
+        if not END <= getattr(message, "place", 0) < self.node.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a place that is not in the plan", peer=peer)
         if type(message) is Ack:
             self._check_chunk(message.chunk)
 
@@ -356,8 +363,18 @@ class Hop:
         self.downs[message.tree].left(peer, message, now)
 
     def _demote(self, peer: int, message: Demote, now: float) -> None:
-        if self.ups[message.tree].is_parent(peer):
+        up = self.ups[message.tree]
+        if up.is_parent(peer):
             self._release(message.reason, now)
+            up.demoted(message.instead, now)
+
+    def _promote(self, peer: int, message: Promote, now: float) -> None:
+        up = self.ups[message.tree]
+        if up.may_take(message.place):
+            self.downs[message.tree].make_room(message.place, now)
+            up.promoted(peer, message.place, now)
+        else:
+            up.decline(peer, "has a place")
 
     def _report(self, peer: int, message: Report, now: float) -> None:
         if self.node.ledger.merge(message):
@@ -503,13 +520,3 @@ class Hop:
             done = self.verdict is Verdict.VERIFIED
             summary = Summary(1 << node.rank if done else 0, {} if done else {node.rank: own}, {})
         node.actions.append(Finished(summary, complaint))
-
-
-def _below(tree: Tree, rank: int) -> int:
-    """Return the set of ranks in the part of a tree that begins with *rank*."""
-    found, waiting = 0, [rank]
-    while waiting:
-        one = waiting.pop()
-        found |= 1 << one
-        waiting.extend(tree.children[one])
-    return found

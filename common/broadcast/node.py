@@ -8,6 +8,7 @@ all of them; the shell carries them out in order.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from common.errors import Code, KaError
 from common.messages import Message
 
 __all__ = [
+    "END",
     "Action",
     "Disconnect",
     "Finished",
@@ -28,6 +30,10 @@ __all__ = [
     "VerifySink",
     "WriteChunk",
 ]
+
+
+END = -1
+"""The place behind all others in a tree, of those that feed nobody there: anybody may feed them."""
 
 
 class Send(NamedTuple):
@@ -173,6 +179,10 @@ class Node:
         """False: slow, or failed; it feeds nobody."""
         self.ledger = Ledger(topology.shape.receiver_count)
         self.actions: list[Action] = []
+        self.places = [rank] * (self.control_index + 1)
+        """By tree: the rank whose place this node has, or `END`."""
+        self.fed: list[Collection[int]] = [()] * (self.control_index + 1)
+        """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
 
@@ -190,10 +200,12 @@ class Node:
     def have_count(self, index: int) -> int:
         return (self.have & self.mask(index)).bit_count()
 
-    def is_before(self, index: int, other: int) -> bool:
-        """Return whether *other* is ahead of this node in a tree: it may feed it."""
-        positions = self.tree(index).positions
-        return positions[other] < positions[self.rank]
+    def position(self, index: int, place: int) -> int:
+        """Return where a place is in a tree: whoever is ahead may feed who is behind."""
+        return self.topology.rank_count if place == END else self.tree(index).positions[place]
+
+    def own_position(self, index: int) -> int:
+        return self.position(index, self.places[index])
 
     def is_in_rack(self, other: int) -> bool:
         rack_of = self.topology.rack_of

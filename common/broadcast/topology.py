@@ -109,6 +109,15 @@ class Tree:
         """Return the nearest ancestor of *rank* that is not lost; the source always counts."""
         return next((one for one in self.ancestors(rank) if one not in lost), SOURCE)
 
+    def below(self, rank: int) -> int:
+        """Return the set of ranks in the part of the tree that begins with *rank*."""
+        found, waiting = 0, [rank]
+        while waiting:
+            one = waiting.pop()
+            found |= 1 << one
+            waiting.extend(self.children[one])
+        return found
+
     def successors(self, rank: int, lost: Container[int]) -> list[int]:
         """Return whom *rank* feeds: its children, those of a lost one in the place of that one."""
         found: list[int] = []
@@ -132,6 +141,8 @@ class Topology:
     """Reports go up and the end comes down here: it is shallow where the data go down a chain."""
     rack_of: tuple[int, ...]
     """By rank."""
+    relay_count: int
+    """How many children the busiest relay has, in all data trees: what links are planned for."""
 
     @property
     def kind(self) -> Kind:
@@ -176,7 +187,9 @@ def build(shape: Shape) -> Topology:
             forest = [_by_rack(lambda size: _k_ary(size, REPAIR_FANOUT), shape.racks)]
     control = _by_rack(lambda size: _k_ary(size, CONTROL_FANOUT), shape.racks)
     rack_of = (0, *(rack for rack, size in enumerate(shape.racks) for _ in range(size)))
-    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of)
+    rows = list(zip(*forest, strict=True))[1:]
+    relay_count = max(1, *(sum(map(len, children)) for children in rows))
+    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of, relay_count)
 
 
 def _tree(children: Children) -> Tree:
