@@ -200,6 +200,13 @@ class KaStripes(KaCopy):
     kind = Kind.STRIPES
 
 
+class KaMulticast(KaCopy):
+    """A pass by UDP multicast, and connections for what it does not bring."""
+
+    name = "ka-multicast"
+    kind = Kind.MULTICAST
+
+
 def _line(stream: IO[bytes] | None) -> str:
     assert stream is not None
     line = stream.readline()
@@ -318,4 +325,4 @@ class Uftp(_Peer):
         run.wait(last_only=True)
 
 
-WAYS: tuple[type[Way], ...] = (KaCopy, KaStripes, NcTee, Udpcast, Uftp, Flat)
+WAYS: tuple[type[Way], ...] = (KaCopy, KaStripes, KaMulticast, NcTee, Udpcast, Uftp, Flat)

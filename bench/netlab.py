@@ -55,15 +55,11 @@ class NetLab:
 
     def uplink_sizes(self) -> list[int]:
         """Return the bytes that have entered each rack but the first over its uplink."""
-        found = []
-        for rack in range(1, len(self._racks)):
-            path = f"/sys/class/net/up{rack}/statistics/tx_bytes"
-            shown = subprocess.run(
-                ["ip", "netns", "exec", self._core, "cat", path],
-                capture_output=True, text=True, check=True,
-            )  # fmt: skip
-            found.append(int(shown.stdout))
-        return found
+        return [_sent_size(self._core, f"up{rack}") for rack in range(1, len(self._racks))]
+
+    def sent_size(self, node: int) -> int:
+        """Return the bytes that have left a node by its link."""
+        return _sent_size(self.name(node), "eth0")
 
     def cut(self, node: int) -> None:
         """Take a node's link down: neither it nor anybody else is told."""
@@ -144,3 +140,12 @@ class NetLab:
         ).stdout.split()
         for name in [one for one in listed if one.startswith(self._prefix)]:
             subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def _sent_size(namespace: str, device: str) -> int:
+    path = f"/sys/class/net/{device}/statistics/tx_bytes"
+    shown = subprocess.run(
+        ["ip", "netns", "exec", namespace, "cat", path],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return int(shown.stdout)

@@ -12,8 +12,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -23,9 +24,11 @@ from common.broadcast.job import Job, encode_job
 from common.broadcast.node import HopOptions
 from common.broadcast.planner import Request, make_plan
 from common.broadcast.source import Source
-from common.broadcast.transfer import new_job, run_source
-from common.errors import KaError
+from common.broadcast.transfer import Progress, new_job, run_source
+from common.errors import Code, KaError
+from common.sizes import format_size
 from common.sockets import listen
+from kadeploy.head import Report
 from kadeploy.links import SshLink
 from kadeploy.orders import WriteImage, to_json
 
@@ -62,15 +65,17 @@ class Receiver:
         self.job, self._rank = job, rank
         self.go.set()
 
-    async def run(self, report: Callable[[str, str], None]) -> None:
+    async def run(self, report: Report) -> None:
+        fault, note = "", ""
         try:
-            fault = await self._take_part()
+            note = _note(await self._take_part())
         except KaError as error:
             fault = str(error)
         self.ready.set()
-        report(self.name, fault)
+        report(self.name, fault, note)
 
-    async def _take_part(self) -> str:
+    async def _take_part(self) -> dict[str, Any]:
+        """Return the node's answer when it has the image; raises KaError with what went wrong."""
         await self._link.push()
         async with self._link.started("receive", self._listen_on) as process:
             assert process.stdin is not None
@@ -85,36 +90,46 @@ class Receiver:
                             break
                         lines += data
                 if b"\n" not in lines:
-                    return "its receiver did not start"
+                    raise KaError(Code.EIO, "its receiver did not start")
                 first, _, rest = bytes(lines).partition(b"\n")
                 if first.startswith(b"{"):
                     self._link.answer(process, first)  # a refusal
-                    return "its receiver did not start"
+                    raise KaError(Code.EIO, "its receiver did not start")
                 self.address = first.decode(errors="replace").strip()
                 self.ready.set()
                 await self.go.wait()
                 if self.job is None:
-                    return "the broadcast was not begun"
+                    raise KaError(Code.EIO, "the broadcast was not begun")
                 word = base64.b64encode(encode_job(self.job)).decode()
                 await process.stdin.send_all(f"{self._rank} {word}\n".encode())
             except trio.BrokenResourceError:
-                return "its receiver ended early"
+                raise KaError(Code.EIO, "its receiver ended early") from None
             said = bytearray(rest)
             async for data in process.stdout:
                 said += data[: LINE_SIZE_MAX - len(said)]
             await process.wait()
-            self._link.answer(process, bytes(said))
-        return ""
+            return self._link.answer(process, bytes(said))
+
+
+def _note(answer: Mapping[str, Any]) -> str:
+    """Return what is to be told of a node that has the image."""
+    there, content = answer.get("there_size"), answer.get("content_size")
+    if isinstance(there, int) and isinstance(content, int) and there > 0:
+        return f"{format_size(there)} of {format_size(content)} were there already"
+    return ""
 
 
 async def broadcast(
     image: Path,
     receivers: Mapping[str, Receiver],
     listen_on: str,
-    report: Callable[[str, str], None],
-) -> None:
-    """Send an image; report every node.  Raises KaError when the source cannot be read."""
-    source = Source(str(image), sparse=False)
+    report: Report,
+) -> int:
+    """Send an image; report every node; return how many bytes of it left this host.
+
+    Raises KaError when the source cannot be read.
+    """
+    source = Source(str(image))
     await trio.to_thread.run_sync(source.scan)
     sockets = listen(f"{listen_on}:0")
     host, port = sockets[0].getsockname()[:2]
@@ -129,18 +144,31 @@ async def broadcast(
         there = [one for one in receivers.values() if one.address]
         if not there:
             source.close()
-            return
+            return 0
         network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
         choice = make_plan(Request(source.size, (len(there),), network)).chosen
         addresses = [f"{host}:{port}", *(one.address for one in there)]
         job = new_job(choice.shape, addresses, OPTIONS)
         for rank, one in enumerate(there, start=1):
             one.begin(job, rank)
+        sent_size = 0
+
+        def on_progress(progress: Progress) -> None:
+            nonlocal sent_size
+            sent_size = progress.sent_size
+
         summary = await run_source(
-            job, source, sockets=sockets, name=image.name, chunk_size=choice.chunk_size
+            job,
+            source,
+            sockets=sockets,
+            name=image.name,
+            chunk_size=choice.chunk_size,
+            on_progress=on_progress,
         )
     for rank, one in enumerate(there, start=1):
         if entry := summary.others.get(rank):
             _logger.warning("send.failed", node=one.name, reason=entry.reason)
         elif note := summary.notes.get(rank):
             _logger.warning("send.noted", node=one.name, note=note)
+    _logger.info("send.ended", image=image.name, size=source.size, sent_size=sent_size)
+    return sent_size

@@ -23,6 +23,7 @@ from common.errors import Code, KaError
 from kadeploy import (
     cli_web,
     descriptions,
+    imagecheck,
     planview,
     power_drivers,
     recording,
@@ -111,8 +112,14 @@ def env_check(path: Path, sums: bool) -> None:
     """Read a description and say what is wrong with it."""
     environment = descriptions.read_environment(path)
     for image in environment.images():
-        recording.check_image(path.parent / image.file, image.checksum if sums else None)
+        imagecheck.check_image(path.parent, image, sums=sums)
     click.echo(f"{path}: {environment.name} version {environment.version} is good")
+    for image in environment.images():
+        if image.begins_again:
+            click.echo(
+                f"note: {image.file} is compressed: if it is cut off it is sent from the beginning;"
+                " with compression none only what a disk lacks is sent"
+            )
 
 
 @env.command("add", epilog="Example: kadeploy env add debian12/env.yaml")
@@ -123,7 +130,7 @@ def env_add(config: Path, path: Path) -> None:
     text = descriptions.read_text(path)
     environment = descriptions.parse_environment(text, path)
     for image in environment.images():
-        recording.check_image(path.parent / image.file, None)
+        imagecheck.check_image(path.parent, image, sums=False)
     with Store.open(settings.load(config).store) as store:
         store.add_environment(
             environment.name, environment.version, path.absolute(), text, _now_ms()

@@ -35,8 +35,14 @@ __all__ = ["Head", "Report", "Steps"]
 LOOK_S = 1.0
 _logger = log.get("kadeploy.head")
 
-Report = Callable[[str, str], None]
-"""Node, and what went wrong; empty: it is done.  Once for a node; later calls are void."""
+
+class Report(Protocol):
+    """Says of a node what went wrong; empty: it is done, and *note* may say more of it.
+
+    Once for a node; later calls are void.
+    """
+
+    def __call__(self, node: str, fault: str, note: str = "", /) -> None: ...
 
 
 class Steps(Protocol):
@@ -63,6 +69,7 @@ class _Result(NamedTuple):
     ticket: int
     fault: str
     final: bool
+    note: str
 
 
 class Head:
@@ -131,7 +138,12 @@ class Head:
             if running is not None:
                 running.open.discard(one.node)
             actions += self._deployment.finished(
-                one.node, one.ticket, now_ms, ok=not one.fault, reason=one.fault, final=one.final
+                one.node,
+                one.ticket,
+                now_ms,
+                ok=not one.fault,
+                reason=one.fault or one.note,
+                final=one.final,
             )
         return actions + self._cancelled() + self._deployment.tick(now_ms)
 
@@ -161,10 +173,10 @@ class Head:
         left = dict(running.tickets)
         final = False
 
-        def report(node: str, fault: str) -> None:
+        def report(node: str, fault: str, note: str = "", /) -> None:
             ticket = left.pop(node, None)
             if ticket is not None:
-                self._results.append(_Result(node, ticket, fault, final))
+                self._results.append(_Result(node, ticket, fault, final, note))
                 self._wake.set()
 
         fault = "it ended without a word about this node"

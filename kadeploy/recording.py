@@ -1,4 +1,4 @@
-"""Recording: a directory or a device becomes an image file; and images are checked.
+"""Recording: a directory or a device becomes an image file.
 
 The image appears under its name when it is whole, with its checksum as `env.yaml` wants it.  A tar
 of a running system leaves out what is mounted below it and what is of this boot alone.
@@ -19,7 +19,7 @@ from pathlib import Path
 from common.errors import Code, KaError
 from common.sizes import format_size
 
-__all__ = ["KINDS", "check_image", "record"]
+__all__ = ["KINDS", "record"]
 
 KINDS = ("tar", "raw", "partclone")
 COPY_SIZE = 1 << 20
@@ -28,18 +28,6 @@ _TAR = (
     "--acls", "--sparse", "--sort=name", "--exclude=./tmp/*", "--exclude=./var/tmp/*",
     "--exclude=./run/*", "--exclude=./var/cache/apt/archives/*.deb", "--exclude=./swapfile",
 )  # fmt: skip
-
-
-def check_image(path: Path, checksum: str | None) -> None:
-    """Raise USAGE when an image is not there, or is another one (if *checksum* is given)."""
-    try:
-        with open(path, "rb") as file:
-            if checksum is not None:
-                found = f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
-                if found != checksum:
-                    raise KaError(Code.USAGE, f"image {path}: its checksum is {found}")
-    except OSError as error:
-        raise KaError(Code.USAGE, f"image {path}: {error.strerror}") from None
 
 
 def command(kind: str, source: str, filesystem: str) -> list[str]:

@@ -65,13 +65,13 @@ def verdict_lines(number: int, states: Sequence[NodeState]) -> Iterator[str]:
 
 def record_line(one: StepRecord) -> str:
     took_s = (one.ended_ms - one.started_ms) / 1000
-    end = "" if one.ok else f": {one.reason}"
+    end = f": {one.reason}" if one.reason else ""
     word = "done" if one.ok else "FAILED"
     return f"{one.node}: {one.implementation}/{one.step} {word} in {took_s:.1f} s{end}"
 
 
 def try_line(one: HistoryRow) -> str:
-    end = "" if one.ok else f": {one.reason}"
+    end = f": {one.reason}" if one.reason else ""
     word = "done" if one.ok else "FAILED"
     return (
         f"{_time(one.ended_ms)} {one.node} {one.macro} {one.implementation}/{one.step}"

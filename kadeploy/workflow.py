@@ -98,6 +98,7 @@ class StepRecord:
     ended_ms: int
     ok: bool
     reason: str
+    """Why it failed; or what there is to say of one that did not."""
 
 
 class Deployment:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from karun.api import (
         Copied,
         CopyOptions,
+        Crew,
+        Joined,
         Limits,
         Outcome,
         Program,
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Copied", "CopyOptions", "Limits", "Outcome", "Program", "Run", "Sink", "Step", "connector",
+    "Copied", "CopyOptions", "Crew", "Joined", "Limits", "Outcome", "Program", "Run", "Sink",
+    "Step", "connector",
 ]  # fmt: skip
 
 

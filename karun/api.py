@@ -15,9 +15,8 @@ import math
 import os
 import resource
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,41 +26,19 @@ from common.errors import Code, KaError
 from karun import archive, connectors, ssh_options
 from karun.connectors import Connector
 from karun.copied import Copied, CopyOptions, Step
-from karun.engine import CONNECT_S, TIMEOUT, Command, Engine, Limits, Sink
-from karun.feed import CHUNK_SIZE
+from karun.crew import Crew, Outcome, Recorder, alone, require_distinct
+from karun.engine import CONNECT_S, Engine, Limits
+from karun.joined import Joined
 from karun.mpi import Program, run_program, unit_names
-from karun.results import CODE_STOPPED, CODE_TIMED_OUT, STAGE_STOPPED
+from karun.orders import Sink
 
 __all__ = [
-    "Copied", "CopyOptions", "Limits", "Outcome", "Program", "Run", "Sink", "Step", "connector",
+    "Copied", "CopyOptions", "Crew", "Joined", "Limits", "Outcome", "Program", "Run", "Sink",
+    "Step", "connector",
 ]  # fmt: skip
 
 QUIT_S = 3.0
 """What the nodes get to end their processes when the run is left."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a command on one node."""
-
-    rank: int
-    node: str
-    code: int | None
-    """Exit code; None if it has none of its own."""
-    signal: int = 0
-    """The signal that ended it."""
-    stage: str = ""
-    """Where it went wrong if it did not run to its end: connect, agent, lost, timeout."""
-    reason: str | None = None
-    """And why, in one line."""
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell would give it: 128 + signal; 124 out of time; 255 for a node that is out;
-        137 stopped because of another rank."""
-        if self.stage:
-            return {TIMEOUT: CODE_TIMED_OUT, STAGE_STOPPED: CODE_STOPPED}.get(self.stage, 255)
-        return 128 + self.signal if self.signal else self.code or 0
 
 
 def connector(
@@ -92,7 +69,7 @@ def connector(
     )
 
 
-class Run:
+class Run(Crew):
     """The nodes of one run, being launched or there; an async context manager."""
 
     def __init__(
@@ -102,10 +79,7 @@ class Run:
         *,
         limits: Limits | None = None,
     ) -> None:
-        if not nodes:
-            raise KaError(Code.USAGE, "no nodes")
-        if len(set(nodes)) != len(nodes):
-            raise KaError(Code.USAGE, "a node is named twice")
+        require_distinct(nodes)
         self.nodes = list(nodes)
         self._limits = limits or Limits()
         self.connector = via if isinstance(via, Connector) else connector(via, sample=nodes[0])
@@ -127,6 +101,22 @@ class Run:
             raise KaError(Code.USAGE, "the run is not entered, or left")
         return self._engine
 
+    @property
+    def orders(self) -> Engine:
+        return self.engine
+
+    @property
+    def via(self) -> str:
+        return self.connector.via
+
+    @property
+    def onehost(self) -> bool:
+        return self.connector.onehost
+
+    @property
+    def came_s(self) -> Mapping[int, float]:
+        return self.engine.latecomers.came_s
+
     async def launched(self) -> None:
         """Wait until every node is there or given up."""
         engine = self.engine
@@ -134,55 +124,6 @@ class Run:
             event = trio.Event()
             engine.launched = event.set
             await event.wait()
-
-    async def command(
-        self,
-        argv: Sequence[str],
-        *,
-        sink: Sink | None = None,
-        ranks: Sequence[int] | None = None,
-        stdin: bytes | AsyncIterable[bytes] | None = None,
-        line: bool = False,
-        pty: bool = False,
-        cwd: str = "",
-        env: Mapping[str, str] | None = None,
-        limit_s: float = 0.0,
-        started: Callable[[Command], None] | None = None,
-        task: bool = False,
-        place: tuple[int, int] | None = None,
-    ) -> list[Outcome]:
-        """Run a command on all nodes (or on *ranks*), and wait for its end on each.
-
-        argv: the words of the command; with *line* the only word is a line for the node's shell.
-        stdin: bytes or a source of them for its standard input, the same on all nodes.
-        pty: give it a terminal.  limit_s: TERM after so long, KILL two seconds later; 0: never.
-        started: called with the `Command`, through which it can be signalled.
-        task: the words are those of a task of the agent's own (karun/agent/task.py).
-        place: it is part of an MPI program (karun/mpi.py).
-        Cancelled: the command's processes are killed on every node.
-        """
-        engine = self.engine
-        recorder = _Recorder(self.nodes, sink)
-        settings = [f"{name}={value}" for name, value in (env or {}).items()]
-        command = engine.command(
-            argv, recorder, ranks=ranks, line=line, pty=pty, cwd=cwd, env=settings,
-            limit_s=limit_s, fed=stdin is not None, task=task, place=place,
-        )  # fmt: skip
-        done = trio.Event()
-        command.done = done.set
-        if started is not None:
-            started(command)
-        try:
-            async with trio.open_nursery() as nursery:
-                if stdin is not None:
-                    nursery.start_soon(_feed, engine, command, stdin)
-                if command.pending:
-                    await done.wait()
-                nursery.cancel_scope.cancel()
-        finally:
-            if command.pending and not engine.closed:
-                engine.abandon(command)
-        return recorder.outcomes(range(len(self.nodes)) if ranks is None else ranks)
 
     async def mpi(
         self, program: Program, *, sink: Sink | None = None
@@ -192,73 +133,9 @@ class Run:
         The code is 0 if nobody aborted; the sink is told of MPI ranks.  Ranks start on all nodes
         or on none.  Cancelled: all ranks are killed.
         """
-        recorder = _Recorder(unit_names(self.nodes, program.count), sink)
+        recorder = Recorder(unit_names(self.nodes, program.count), sink)
         code = await run_program(self, program, recorder)
         return recorder.outcomes(range(len(self.nodes) * program.count)), code
-
-    async def copy(
-        self,
-        sources: Sequence[str],
-        destination: str,
-        *,
-        options: CopyOptions | None = None,
-        on_progress: Callable[[Step], None] | None = None,
-        on_output: Callable[[int, bytes], None] | None = None,
-    ) -> list[Copied]:
-        """Copy files, directories or standard input (`-`) to all nodes, verified there.
-
-        destination: as `cp` has it, on the node; `%h` is the node's name.  Empty when
-        `options.command` takes what comes.  on_output: what such commands print.
-        Raises KaError when a source cannot be read or changes meanwhile; what fails on nodes is in
-        the results.  Cancelled: what is incomplete stays, and the next copy goes on with it.
-        """
-        from karun import copying  # most runs copy nothing
-
-        return await copying.copy(
-            self, sources, destination, options=options or CopyOptions(),
-            on_progress=on_progress, on_output=on_output,
-        )  # fmt: skip
-
-    async def gather(
-        self,
-        source: str,
-        directory: str,
-        *,
-        on_progress: Callable[[Step], None] | None = None,
-    ) -> list[Copied]:
-        """Bring a file or directory of every node to `directory/<node>`, verified.
-
-        source: on the node; `%h` is its name.  Raises KaError when *directory* cannot be written.
-        """
-        from karun import gathering
-
-        return await gathering.gather(self, source, directory, on_progress=on_progress)
-
-
-class _Recorder:
-    """Passes on to a sink, and keeps what became of each node."""
-
-    def __init__(self, nodes: Sequence[str], sink: Sink | None) -> None:
-        self._nodes = nodes
-        self._sink = sink
-        self._ends: dict[int, Outcome] = {}
-
-    def output(self, rank: int, stream: int, data: bytes) -> None:
-        if self._sink is not None:
-            self._sink.output(rank, stream, data)
-
-    def exited(self, rank: int, code: int, signal: int) -> None:
-        self._ends[rank] = Outcome(rank, self._nodes[rank], None if signal else code, signal)
-        if self._sink is not None:
-            self._sink.exited(rank, code, signal)
-
-    def failed(self, rank: int, stage: str, reason: str) -> None:
-        self._ends[rank] = Outcome(rank, self._nodes[rank], None, stage=stage, reason=reason)
-        if self._sink is not None:
-            self._sink.failed(rank, stage, reason)
-
-    def outcomes(self, ranks: Iterable[int]) -> list[Outcome]:
-        return [self._ends[rank] for rank in ranks]
 
 
 @asynccontextmanager
@@ -285,38 +162,6 @@ async def _drive(engine: Engine, *, until_quiet: bool = False) -> None:
         with trio.move_on_after(math.inf if timeout is None else timeout):
             await trio.lowlevel.wait_readable(engine.loop.fileno())
         engine.step()
-
-
-async def _feed(engine: Engine, command: Command, stdin: bytes | AsyncIterable[bytes]) -> None:
-    async for data in _pieces(stdin):
-        for at in range(0, len(data), CHUNK_SIZE):
-            await _room(command)
-            engine.feed(command, data[at : at + CHUNK_SIZE])
-    engine.end_input(command)
-
-
-async def _pieces(stdin: bytes | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
-    if isinstance(stdin, bytes):
-        yield stdin
-        return
-    async for data in stdin:
-        yield data
-
-
-async def _room(command: Command) -> None:
-    feed = command.feed
-    assert feed is not None
-    while not feed.room:
-        changed = trio.Event()
-        feed.changed = changed.set
-        await changed.wait()
-
-
-def alone(error: BaseException) -> BaseException:
-    """Return what a group of one holds: that a nursery was about it is nobody's business."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error
 
 
 def _raise_descriptor_limit() -> None:

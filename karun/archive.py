@@ -17,8 +17,9 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.util
+import json
 import os
-import py_compile
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -38,6 +39,12 @@ HEAVY_OWN = ("common/*.py", "common/broadcast/*.py", "karun/node_*.py")
 HEAVY_LEFT_OUT = ("_tests/", "/testing/", "_tools/", "uts46data.py", "__main__.py")
 _ROOT = Path(loader.__file__).parent.parent.parent
 _TIME = (1980, 1, 1, 0, 0, 0)
+_COMPILE = """
+import json, py_compile, sys
+mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+for path, target, name in json.load(sys.stdin):
+    py_compile.compile(path, target, name, doraise=True, optimize=2, invalidation_mode=mode)
+"""
 _LOADER = "karun/agent/loader.py"
 
 
@@ -123,11 +130,13 @@ def _names() -> list[str]:
 
 
 def _zip(paths: dict[str, Path], sources: dict[str, bytes]) -> bytes:
-    with tempfile.TemporaryDirectory(prefix="karun-") as directory:
-        path = Path(directory) / "agent.zip"
+    with tempfile.TemporaryDirectory(prefix="karun-") as name:
+        directory = Path(name)
+        compiled = _compiled(paths, directory)
+        path = directory / "agent.zip"
         with zipfile.ZipFile(path, "w") as archive:
             for name, source in sources.items():
-                _add(archive, name + "c", _compiled(name, paths[name], Path(directory)))
+                _add(archive, name + "c", compiled[name].read_bytes())
                 _add(archive, name, _bare(source).encode())
         return path.read_bytes()
 
@@ -150,17 +159,17 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _compiled(name: str, path: Path, directory: Path) -> bytes:
-    target = directory / "compiled.pyc"
-    py_compile.compile(
-        str(path),
-        cfile=str(target),
-        dfile=name,
-        doraise=True,
-        optimize=2,
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-    )
-    return target.read_bytes()
+def _compiled(paths: dict[str, Path], directory: Path) -> dict[str, Path]:
+    """Compile modules; return where they are.
+
+    Done by an interpreter that has loaded nothing else: a compiled module shows which of its
+    constants are in use elsewhere in the process.
+    """
+    found = {name: directory / f"{number}.pyc" for number, name in enumerate(paths)}
+    work = [(str(paths[name]), str(target), name) for name, target in found.items()]
+    words = [sys.executable, "-I", "-S", "-c", _COMPILE]
+    subprocess.run(words, input=json.dumps(work).encode(), check=True)
+    return found
 
 
 def _kept(kind: str, key: str) -> Path | None:

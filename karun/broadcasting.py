@@ -35,12 +35,16 @@ from common.broadcast.source import Source
 from common.broadcast.transfer import Progress, new_job, run_source
 from common.errors import KaError
 from common.sockets import listen, parse_address
-from karun import api, archive
+from karun import archive
 from karun.agent import frames
 from karun.agent.heavy import HEAVY
 from karun.copied import Copied, CopyOptions, Step, racks_of
+from karun.crew import Crew
 from karun.feed import CHUNK_SIZE
+from karun.lines import STDERR, Lines
 from karun.node_copy import CONNECTION, INTERFACE, LOCAL, encode_job_frame
+from karun.orders import Invocation
+from karun.reasons import refusal
 from karun.results import printable
 
 if TYPE_CHECKING:
@@ -73,17 +77,17 @@ class Broadcast:
 
     def __init__(
         self,
-        run: api.Run,
+        crew: Crew,
         destination: str,
         options: CopyOptions,
         on_progress: Callable[[Step], None] | None,
         on_output: Callable[[int, bytes], None] | None,
     ) -> None:
-        self._run = run
+        self._crew = crew
         self._options = options
         self._on_progress = on_progress
         self._on_output = on_output
-        reach = _REACH.get(run.connector.via, CONNECTION)
+        reach = _REACH.get(crew.via, CONNECTION)
         self._is_local = reach == LOCAL
         self._words = [destination, reach, options.command]
         self._lines: dict[int, bytes] = {}
@@ -92,6 +96,9 @@ class Broadcast:
         self._done: set[int] = set()
         self._failures: dict[int, str] = {}
         self._notes: dict[int, str] = {}
+        self._printed = Lines()
+        self._refusals: dict[int, str] = {}
+        """What sudo said where, in case that it was a refusal."""
         self._heavy: archive.Archive | None = None
         self._is_heavy_sent = False
         self._begun_s = self._news_s = trio.current_time()
@@ -99,11 +106,12 @@ class Broadcast:
 
     async def send(self, items: Sequence[Item]) -> list[Copied]:
         """Bring all sources to all nodes; raises KaError when it is the sources that fail."""
-        engine = self._run.engine
+        orders = self._crew.orders
         self._heavy = await trio.to_thread.run_sync(archive.build_heavy)
-        place = archive.xxhash_place() if self._run.connector.onehost else ""
+        place = archive.xxhash_place() if self._crew.onehost else ""
         words = ["relay", self._heavy.digest, place, *self._words]
-        self._command = engine.command(words, self, fed=True, task=True)
+        invocation = Invocation(words, fed=True, task=True, sudo=self._options.sudo)
+        self._command = orders.command(invocation, self)
         self._command.done = self._notice
         try:
             while wave := await self._assembled():
@@ -113,16 +121,16 @@ class Broadcast:
                     if wave:
                         wave = await self._transfer(item, wave, into=len(items) > 1)
                 self._done |= wave
-            engine.end_input(self._command)
+            orders.end_input(self._command)
             with trio.move_on_after(END_S):
                 while self._command.pending & self._done:
                     await self._news()
         finally:
-            if self._command.pending and not engine.closed:
-                engine.abandon(self._command)
+            if self._command.pending and not orders.closed:
+                orders.abandon(self._command)
         return [
             Copied(rank, node, self._failures.get(rank), self._notes.get(rank, ""))
-            for rank, node in enumerate(self._run.nodes)
+            for rank, node in enumerate(self._crew.nodes)
         ]
 
     # ------------------------------------------------------------ who takes part
@@ -163,9 +171,8 @@ class Broadcast:
         """Send one source to the nodes of a wave; return those that have verified it."""
         ranks = sorted(wave)
         facts = {rank: self._addresses.pop(rank) for rank in ranks}
-        has_device = any(one["device"] for one in facts.values())
         path = item.path if item.spool < 0 else os.dup(item.spool)
-        source = Source(path, sparse=not has_device)
+        source = Source(path)
         await trio.to_thread.run_sync(source.scan)
         choice = self._planned(source.size, ranks)
         own = self._own_address(facts[ranks[0]]["address"])
@@ -200,6 +207,7 @@ class Broadcast:
             racks=racks_of(ranks, options.rack_size),
             network=network,
             kind=options.topology,
+            shared_medium=options.shared_medium,
             fanout=options.fanout,
             chunk_size=options.chunk_size,
         )
@@ -212,7 +220,7 @@ class Broadcast:
             expected_uplink_rate=options.uplink_rate,
             rate_limit=options.rate_limit,
         )
-        if self._run.connector.onehost:
+        if self._crew.onehost:
             crowd = node_count / (CROWD_COUNT * (os.cpu_count() or 1))
             if crowd > 1:
                 times = {name: getattr(found, name) * crowd for name in _PATIENCE}
@@ -221,13 +229,14 @@ class Broadcast:
 
     def _announce(self, job: Job, ranks: list[int], item: Item, *, into: bool) -> None:
         encoded = encode_job(job)
-        frame = encode_job_frame(ranks, item.name, encoded, is_tree=item.is_tree, into=into)
+        nodes = [self._crew.nodes[rank] for rank in ranks]
+        frame = encode_job_frame(nodes, item.name, encoded, is_tree=item.is_tree, into=into)
         self._feed(frame)
 
     def _feed(self, data: bytes) -> None:
         """Say something to all processes.  It is not much, and nobody is waited for."""
         for at in range(0, len(data), CHUNK_SIZE):
-            self._run.engine.feed(self._command, data[at : at + CHUNK_SIZE])
+            self._crew.orders.feed(self._command, data[at : at + CHUNK_SIZE])
 
     def _told(self, item: Item, size: int, node_count: int, progress: Progress) -> None:
         if self._on_progress is not None:
@@ -249,9 +258,8 @@ class Broadcast:
     # ------------------------------------------------------------ what the processes say (Sink)
 
     def output(self, rank: int, stream: int, data: bytes) -> None:
-        if stream == 2:
-            if self._on_output is not None:
-                self._on_output(rank, data)
+        if stream == STDERR:
+            self._print(rank, self._heard_sudo(rank, data) if self._options.sudo else data)
             return
         *lines, rest = (self._lines.pop(rank, b"") + data).split(b"\n")
         if len(rest) <= LINE_SIZE_MAX:
@@ -260,6 +268,21 @@ class Broadcast:
             self._heard(rank, line)
         self._news_s = trio.current_time()
         self._notice()
+
+    def _print(self, rank: int, data: bytes) -> None:
+        if data and self._on_output is not None:
+            self._on_output(rank, data)
+
+    def _heard_sudo(self, rank: int, data: bytes) -> bytes:
+        """Keep what sudo says; return the whole lines that others have written."""
+        others = []
+        for line in self._printed.feed(rank, STDERR, data):
+            words = refusal(line.decode("utf-8", "replace").rstrip("\n"))
+            if words:
+                self._refusals[rank] = printable(words)
+            else:
+                others.append(line)
+        return b"".join(others)
 
     def _heard(self, rank: int, line: bytes) -> None:
         if line == b"need" and not self._is_heavy_sent:
@@ -272,7 +295,7 @@ class Broadcast:
             facts = json.loads(line)
             if "address" in facts:
                 parse_address(facts["address"])
-                facts = {"device": False, "summed": False, **facts}
+                facts = {"summed": False, **facts}
                 self._addresses[rank] = facts
             elif "failed" in facts:
                 self._failures[rank] = printable(str(facts["failed"]))
@@ -282,7 +305,8 @@ class Broadcast:
     def exited(self, rank: int, code: int, signal: int) -> None:
         how = f"was ended by signal {signal}" if signal else f"ended with {code}"
         if rank not in self._done and (code or signal or rank not in self._failures):
-            self._failures.setdefault(rank, f"its process {how}")
+            self._failures.setdefault(rank, self._refusals.get(rank, f"its process {how}"))
+        self._print(rank, self._printed.close(rank, STDERR))
         self._gone(rank)
 
     def failed(self, rank: int, _stage: str, reason: str) -> None:

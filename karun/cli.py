@@ -22,7 +22,7 @@ from karun.cli_reboot import reboot
 from karun.cli_run import run
 from karun.cli_shell import shell
 from karun.cli_top import top
-from karun.cli_where import split, where_options
+from karun.cli_where import session_option, split, split_joined, sudo_option, where_options
 from karun.client import DEFAULT
 from karun.copied import CopyOptions
 
@@ -49,10 +49,14 @@ def main() -> NoReturn:
 
 @karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
 @where_options
+@session_option
+@sudo_option
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
-@click.option("--topology", type=click.Choice([kind.value for kind in Kind if kind.value !=
-              Kind.MULTICAST.value]), help="Use this one.  [default: planned]")
+@click.option("--topology", type=click.Choice([kind.value for kind in Kind]),
+              help="Use this one.  [default: planned]")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--fanout", "tree_fanout", type=click.IntRange(min=1),
               help="Of k-ary; the number of stripes.")
 @click.option("--link", help="Rate of a node's link, each way; slower nodes are told of.")
@@ -62,6 +66,8 @@ def main() -> NoReturn:
 @click.option("--uplink", help="Rate of a rack's uplink, each way.")
 @click.option("--chunk-size", help="Use this one.  [default: planned]")
 @click.option("--address", default="", metavar="HOST", help="Where nodes reach this machine.")
+@click.option("--late", "late_s", type=click.FloatRange(min=0), default=0.0, metavar="SECONDS",
+              help="Call nodes again for so long that cannot be reached, as while they boot.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("paths", nargs=-1, required=True, metavar="SRC... DEST")
@@ -72,7 +78,7 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
     is the node's name.  Times, permissions and, for root, owners are kept.  What a node has
     already does not travel.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, rest = split(options)
+    where, rest = split_joined(options)
     if len(paths) < 2 and not command:
         raise KaError(Code.USAGE, "need a source and a destination")
     *sources, destination = (*paths, "") if command else paths
@@ -83,6 +89,8 @@ def copy(paths: tuple[str, ...], command: str, as_json: bool, quiet: bool, **opt
 def _copy_options(
     command: str,
     topology: str | None,
+    multicast: bool,
+    shared_medium: bool,
     tree_fanout: int | None,
     link: str | None,
     rate: str | None,
@@ -90,9 +98,11 @@ def _copy_options(
     uplink: str | None,
     chunk_size: str | None,
     address: str,
+    sudo: bool,
 ) -> CopyOptions:
     return CopyOptions(
-        topology=Kind(topology) if topology else None,
+        topology=planning.kind_of(topology, multicast),
+        shared_medium=shared_medium,
         fanout=tree_fanout,
         chunk_size=parse_size(chunk_size) if chunk_size else None,
         link_rate=planning.parse_rate(link) if link else 0.0,
@@ -101,23 +111,28 @@ def _copy_options(
         uplink_rate=planning.parse_rate(uplink) if uplink else 0.0,
         address=address,
         command=command,
+        sudo=sudo,
     )
 
 
 @karun.command(epilog="Example: karun gather -w node[1-200] /var/log/syslog logs")
 @where_options
+@session_option
+@sudo_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("source", metavar="SRC")
 @click.argument("directory", metavar="DIR")
-def gather(source: str, directory: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def gather(
+    source: str, directory: str, as_json: bool, quiet: bool, sudo: bool, **options: Any
+) -> None:
     """Bring a file or directory of every node here, as DIR/<node>.
 
     `%h` in SRC is the node's name.  Exit code: 0 all nodes, 2 some, 1 none.
     """
-    where, _rest = split(options)
+    where, _rest = split_joined(options)
     form = moving.Form(as_json=as_json, quiet=quiet)
-    sys.exit(moving.gather(where, source, directory, form))
+    sys.exit(moving.gather(where, source, directory, form, sudo=sudo))
 
 
 @karun.group(epilog="Example: karun session start -w node[1-200], then karun run --session ...")
@@ -164,8 +179,8 @@ def stop(name: str) -> None:
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind]), help="Use this one.")
 @click.option("--fanout", type=click.IntRange(min=1), help="Of k-ary; the number of stripes.")
 @click.option("--chunk-size", help="Use this one.")
-@click.option("--multicast", is_flag=True, help="The network carries multicast to all nodes.")
-@click.option("--shared-medium", is_flag=True, help="All nodes share one wire, as on a hub.")
+@click.option("--multicast", is_flag=True, help="The same as --topology multicast.")
+@click.option("--shared-medium", is_flag=True, help="All nodes share one wire or radio cell.")
 @click.option("--tree", is_flag=True, help="Draw the tree, however many nodes there are.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(nodes: str, size: str, as_json: bool, tree: bool, **options: Any) -> None:

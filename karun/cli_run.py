@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from common.errors import Code, KaError
 from karun import client, running
-from karun.cli_where import split, where_options
+from karun.cli_where import require_no_launch, session_option, split, sudo_option, where_options
 from karun.options import Options
 
 __all__ = ["in_session", "run"]
 
 _WORDS = "karun.words"
-_FOR_A_LAUNCH = frozenset(running.Where.__dataclass_fields__) - {"nodes"} | {"mpi", "ranks"}
 
 
 class _Run(click.Command):
@@ -34,7 +32,7 @@ class _Run(click.Command):
     epilog="Example: karun run -w node[1-200] -x node7 -b -- uname -r",
 )
 @where_options
-@click.option("--session", metavar="NAME", help="On the nodes of a session; instead of the above.")
+@session_option
 @click.option("-u", "limit_s", type=click.FloatRange(min=0), default=0.0,
               help="Seconds that the command may take.  [default: for ever]")  # fmt: skip
 @click.option("-b", "gather", is_flag=True, help="Gather: equal output once, with its nodes.")
@@ -50,7 +48,7 @@ class _Run(click.Command):
 @click.option("-q", "quiet", is_flag=True, help="No lines on exit codes.")
 @click.option("--cwd", default="", metavar="DIR", help="Run in this directory of the node.")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
-@click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
+@sudo_option
 @click.option("--pty", is_flag=True, help="Give the command a terminal.")
 @click.option("--mpi", is_flag=True, help="It is an MPI program, built with MPICH or its family.")
 @click.option("--ranks", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
@@ -82,10 +80,7 @@ def in_session(words: Sequence[str]) -> tuple[str, Options]:
     except click.ClickException as error:
         line = f"{error.format_message()} See `karun run --help`."
         raise KaError(Code.USAGE, line) from None
-    for name in _FOR_A_LAUNCH:
-        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
-            line = "with --session: -w, options of output and of the command only"
-            raise KaError(Code.USAGE, line)
+    require_no_launch(context, ("mpi", "ranks"))
     where, rest = split(dict(context.params))
     del rest["session"]
     return ",".join(where.nodes), Options(**rest)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
+from common.errors import Code, KaError
 from karun.connectors import TREES, VIAS, WINDOWS
-from karun.running import Where
+from karun.running import InSession, Where
 
-__all__ = ["split", "where_options"]
+__all__ = [
+    "require_no_launch", "session_option", "split", "split_joined", "sudo_option", "where_options",
+]  # fmt: skip
+
+session_option = click.option(
+    "--session", metavar="NAME", help="On the nodes of a session, or those of -w; without a launch."
+)
+sudo_option = click.option(
+    "--sudo", is_flag=True, help="On the nodes as root: sudo -n, which asks for no password."
+)
+_FOR_A_LAUNCH = frozenset(Where.__dataclass_fields__) - {"nodes"}
 
 
 def where_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -44,5 +56,24 @@ def where_options(command: Callable[..., None]) -> Callable[..., None]:
 def split(options: dict[str, Any]) -> tuple[Where, dict[str, Any]]:
     """Return where a command goes, and its own options."""
     names = {field.name for field in fields(Where)}
-    where = Where(**{name: options.pop(name) for name in names})
+    where = Where(**{name: options.pop(name) for name in names & options.keys()})
     return where, options
+
+
+def split_joined(options: dict[str, Any]) -> tuple[Where | InSession, dict[str, Any]]:
+    """Return where a command goes, perhaps to a session, and its own options."""
+    session = options.pop("session")
+    where, rest = split(options)
+    if session is None:
+        return where, rest
+    require_no_launch(click.get_current_context())
+    return InSession(session, where.nodes), rest
+
+
+def require_no_launch(context: click.Context, others: Collection[str] = ()) -> None:
+    """Raise KaError USAGE for an option that says how nodes are launched, or one of *others*."""
+    for param in context.command.params:
+        is_said = context.get_parameter_source(param.name or "") is not ParameterSource.DEFAULT
+        if is_said and param.name in {*_FOR_A_LAUNCH, *others}:
+            line = f"{param.opts[0]} does not go with --session (of its nodes -w chooses some)"
+            raise KaError(Code.USAGE, line)

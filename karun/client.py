@@ -74,7 +74,9 @@ def directory() -> str:
         found = os.lstat(path)
     except OSError as error:
         raise _failure("EIO", f"no directory for sessions: {path}: {error.strerror}") from None
-    if not S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+    if found.st_uid != os.geteuid():
+        raise _failure("AUTH", f"{path} belongs to another user: set XDG_RUNTIME_DIR to your own")
+    if not S_ISDIR(found.st_mode) or found.st_mode & 0o077:
         raise _failure("AUTH", f"others have access to {path}: remove it")
     return path
 

@@ -19,10 +19,12 @@ import trio
 
 from common.broadcast.source import spool_stream
 from common.errors import Code, KaError, from_errno
-from karun import api, broadcasting
+from karun import broadcasting
 from karun.agent import place
 from karun.agent.process import CODE_NOT_FOUND
-from karun.copied import Copied, CopyOptions, Step
+from karun.copied import Copied, CopyOptions, Step, with_latecomers
+from karun.crew import Crew, Outcome
+from karun.reasons import refusal
 from karun.results import printable
 
 __all__ = ["RIDE_SIZE_MAX", "STDIN", "copy"]
@@ -54,7 +56,7 @@ class Item:
 
 
 async def copy(
-    run: api.Run,
+    crew: Crew,
     sources: Sequence[str],
     destination: str,
     *,
@@ -62,14 +64,16 @@ async def copy(
     on_progress: Callable[[Step], None] | None,
     on_output: Callable[[int, bytes], None] | None,
 ) -> list[Copied]:
-    """See `karun.api.Run.copy`."""
-    _check(run.nodes, sources, destination, options)
+    """See `karun.crew.Crew.copy`."""
+    _check(crew.nodes, sources, destination, options)
     items = await trio.to_thread.run_sync(_look_at, sources)
     try:
-        if _may_ride(run, items, destination, options):
-            return await _ride(run, items, destination)
-        sending = broadcasting.Broadcast(run, destination, options, on_progress, on_output)
-        return await sending.send(items)
+        if _may_ride(crew, items, destination, options):
+            results = await _ride(crew, items, destination, sudo=options.sudo)
+        else:
+            sending = broadcasting.Broadcast(crew, destination, options, on_progress, on_output)
+            results = await sending.send(items)
+        return with_latecomers(results, crew.came_s)
     finally:
         for item in items:
             if item.spool >= 0:
@@ -127,12 +131,12 @@ def _item(path: str) -> Item:
 # ------------------------------------------------------------ on the run itself
 
 
-def _may_ride(run: api.Run, items: Sequence[Item], destination: str, options: CopyOptions) -> bool:
+def _may_ride(crew: Crew, items: Sequence[Item], destination: str, options: CopyOptions) -> bool:
     if options.command or destination.startswith("/dev/"):
         return False  # a device is not written by renaming
     size_max = options.ride_size_max
     if size_max is None:
-        size_max = RIDE_SIZE_MAX_ONE_HOST if run.connector.via == "local" else RIDE_SIZE_MAX
+        size_max = RIDE_SIZE_MAX_ONE_HOST if crew.via == "local" else RIDE_SIZE_MAX
     plain = all(stat.S_ISREG(item.status.st_mode) and not _has_attributes(item) for item in items)
     return plain and sum(item.status.st_size for item in items) <= size_max
 
@@ -144,10 +148,10 @@ def _has_attributes(item: Item) -> bool:
         return False
 
 
-async def _ride(run: api.Run, items: Sequence[Item], destination: str) -> list[Copied]:
+async def _ride(crew: Crew, items: Sequence[Item], destination: str, *, sudo: bool) -> list[Copied]:
     parcel = await trio.to_thread.run_sync(_pack, items, destination)
     words = _Words()
-    outcomes = await run.command(["place"], task=True, stdin=parcel, sink=words)
+    outcomes = await crew.command(["place"], task=True, sudo=sudo, stdin=parcel, sink=words)
     return [_judged(outcome, words.last(outcome.rank)) for outcome in outcomes]
 
 
@@ -190,14 +194,14 @@ class _Words:
         return printable(lines[-1]) if lines else ""
 
 
-def _judged(outcome: api.Outcome, words: str) -> Copied:
+def _judged(outcome: Outcome, words: str) -> Copied:
     reason: str | None = None
     if outcome.stage:
         reason = outcome.reason
     elif outcome.signal:
         reason = f"was ended by signal {outcome.signal}"
     elif outcome.code == CODE_NOT_FOUND:
-        reason = words or "its agent cannot copy"
+        reason = refusal(words) or words or "its agent cannot copy"
     elif outcome.code:
-        reason = words or f"failed with code {outcome.code}"
+        reason = refusal(words) or words or f"failed with code {outcome.code}"
     return Copied(outcome.rank, outcome.node, reason)

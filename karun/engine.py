@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from time import monotonic
 
 from karun import reasons
 from karun.agent import frames
@@ -28,31 +28,19 @@ from karun.agent.setup import AUTO, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
+from karun.latecomers import AGAIN_S, Latecomers
+from karun.orders import TIMEOUT, Command, Commands, Invocation, Sink
 from karun.pmi import MISSED
 from karun.roster import Roster, State
 
-__all__ = ["Command", "Engine", "Limits", "Sink"]
+__all__ = ["Engine", "Limits"]
 
 CONNECT_S = 15.0
-TIMEOUT = "timeout"
 RESYNC_S = 0.5
 PUTS_SIZE_MAX = 3 << 20
 """Of one barrier, from all ranks: it must fit into a frame."""
 BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
-
-
-class Sink(Protocol):
-    """Who is told what the nodes do.  Ranks count from 0, in the order of the nodes."""
-
-    def output(self, rank: int, stream: int, data: bytes) -> None:
-        """Bytes that a command wrote to standard output (1) or error (2)."""
-
-    def exited(self, rank: int, code: int, signal: int) -> None:
-        """A command has ended: its exit code, or the signal that ended it."""
-
-    def failed(self, rank: int, stage: str, reason: str) -> None:
-        """A node is out (stage connect, agent, lost), or its command was out of time (timeout)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +59,8 @@ class Limits:
     """Whether nodes call nodes: AUTO, ALWAYS, NEVER."""
     reattach_s: float = 10.0
     """How long a node that lost its parent looks for another way to the head."""
-
-
-class Command:
-    """A command on its way: who has not ended yet."""
-
-    def __init__(
-        self, number: int, ranks: Sequence[int], sink: Sink, feed: Feed | None, limit_s: float
-    ) -> None:
-        self.number = number
-        self.limit_s = limit_s
-        self.sink = sink
-        self.pending = set(ranks)
-        self.feed = feed
-        self.done: Callable[[], None] = _nothing
+    late_s: float = 0.0
+    """From the launch: how long a node that cannot be reached is called again."""
 
 
 class _World:
@@ -105,9 +81,13 @@ class Engine:
         self.loop = Loop()
         self.roster = Roster(len(nodes))
         self._limits = limits
-        self._commands: dict[int, Command] = {}
+        self.digest = archive.digest
+        """Of what the agents are made of."""
+        self._commands = Commands()
         self._worlds: dict[int, _World] = {}
         self._failures: dict[int, tuple[str, str]] = {}
+        self.latecomers = Latecomers(limits.late_s)
+        self._launched_s = monotonic()
         self.launched: Callable[[], None] = _nothing
         self.closed = False
         setup = Setup(
@@ -135,6 +115,8 @@ class Engine:
     def launch(self) -> None:
         """Begin to call every node."""
         self._hub.dialer.take(list(enumerate(self.nodes)))
+        if self._limits.late_s:
+            self.loop.at(self._limits.late_s, self._end_patience)
 
     @property
     def quiet(self) -> bool:
@@ -151,40 +133,21 @@ class Engine:
         return sum(1 for _ in self.roster.in_state(State.ABSENT))
 
     def command(
-        self,
-        argv: Sequence[str],
-        sink: Sink,
-        *,
-        ranks: Sequence[int] | None = None,
-        line: bool = False,
-        pty: bool = False,
-        fed: bool = False,
-        task: bool = False,
-        limit_s: float = 0.0,
-        cwd: str = "",
-        env: Sequence[str] = (),
-        place: tuple[int, int] | None = None,
+        self, invocation: Invocation, sink: Sink, *, ranks: Sequence[int] | None = None
     ) -> Command:
-        """Order a command on all nodes, or on these; nodes that are out are told to the sink.
-
-        *task*: the words are those of a task of the agent's own, not of a program.
-        *place*: it is a rank of this world, and which one of its node.
-        """
+        """Order a command on all nodes, or on these; nodes that are out are told to the sink."""
+        place = invocation.place
         chosen = list(range(self.roster.size) if ranks is None else ranks)
-        asked = {"s": line, "p": pty, "i": fed, "t": task}
-        flags = "".join(flag for flag, is_asked in asked.items() if is_asked)
         kind = frames.COMMAND if place is None else frames.RANK
-        number, order = self.roster.order(
-            kind, *(place or ()), flags, int(limit_s * 1000), cwd, frames.pack(*argv),
-            frames.pack(*env), b"" if ranks is None else _bits(chosen),
-        )  # fmt: skip
-        feed = Feed(chosen) if fed else None
-        command = Command(number, chosen, sink, feed, limit_s)
-        self._commands[number] = command
+        members = b"" if ranks is None else _bits(chosen)
+        number, order = self.roster.order(kind, *(place or ()), *invocation.fields(), members)
+        feed = Feed(chosen) if invocation.fed else None
+        command = Command(number, chosen, sink, feed, invocation.limit_s)
+        self._commands.add(command)
         self._hub.broadcast(frames.ORDER, order)
         for rank in chosen:
             if rank in self._failures:
-                self._told_failed(command, rank)
+                self._commands.failed(command, rank, *self._failures[rank])
         return command
 
     def world(self, count: int, aborted: Callable[[int, int, str], None]) -> int:
@@ -216,7 +179,7 @@ class Engine:
     def abandon(self, command: Command) -> None:
         """Kill a command everywhere, and hear no more of it."""
         self.signal(command, SIGKILL)
-        self._commands.pop(command.number, None)
+        self._commands.drop(command)
 
     def pause(self, paused: bool) -> None:
         """Take nothing more from the nodes, or go on."""
@@ -275,6 +238,7 @@ class Engine:
         for order in orders:
             self._hub.send(rank, frames.ORDER, order)
         if first:
+            self.latecomers.attached(rank, monotonic() - self._launched_s)
             self._check_launched()
 
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
@@ -291,8 +255,8 @@ class Engine:
                 culprit, code = frames.number(fields[1]), frames.number(fields[2])
                 world.aborted(culprit, code, frames.text(fields[3]))
         else:
-            command = self._commands.get(frames.number(fields[0]))
-            if command is not None and rank in command.pending:
+            command = self._commands.find(frames.number(fields[0]), rank)
+            if command is not None:
                 self._command_event(command, rank, kind, fields)
 
     def _gathered(self, payload: bytes) -> None:
@@ -321,18 +285,9 @@ class Engine:
         elif kind == frames.EXITED:
             code = frames.number(fields[1])
             if code == OUT_OF_TIME:
-                command.sink.failed(rank, TIMEOUT, f"after {command.limit_s:g} s")
+                self._commands.failed(command, rank, TIMEOUT, f"after {command.limit_s:g} s")
             else:
-                command.sink.exited(rank, code, frames.number(fields[2]))
-            self._settled(command, rank)
-
-    def _settled(self, command: Command, rank: int) -> None:
-        command.pending.discard(rank)
-        if command.feed is not None:
-            command.feed.gone(rank)
-        if not command.pending and command.number in self._commands:
-            del self._commands[command.number]
-            command.done()
+                self._commands.exited(command, rank, code, frames.number(fields[2]))
 
     # What goes wrong.
 
@@ -357,20 +312,27 @@ class Engine:
         if self.roster.states[rank] is not State.ABSENT:
             return
         code = os.waitstatus_to_exitcode(status) if status >= 0 else None
-        self._fail(rank, reason.partition(":")[0], reasons.explain(reason, words, code))
+        stage, text = reason.partition(":")[0], reasons.explain(reason, words, code)
+        if reasons.may_pass(reason, words) and self.latecomers.missed(rank, stage, text):
+            self.loop.at(AGAIN_S, lambda: self._call_again(rank))
+        else:
+            self._fail(rank, stage, text)
+
+    def _call_again(self, rank: int) -> None:
+        if self.roster.states[rank] is State.ABSENT:
+            self._hub.dialer.take([(rank, self.nodes[rank])])
+
+    def _end_patience(self) -> None:
+        for rank, stage, reason in self.latecomers.end():
+            self._fail(rank, stage, reason)
 
     def _fail(self, rank: int, stage: str, reason: str) -> None:
         self.roster.fail(rank)
         self._hub.drop(rank)
         self._failures[rank] = (stage, reason)
-        for command in list(self._commands.values()):
-            if rank in command.pending:
-                self._told_failed(command, rank)
+        for command in self._commands.on(rank):
+            self._commands.failed(command, rank, stage, reason)
         self._check_launched()
-
-    def _told_failed(self, command: Command, rank: int) -> None:
-        command.sink.failed(rank, *self._failures[rank])
-        self._settled(command, rank)
 
     def _check_launched(self) -> None:
         if not self.launching_count:

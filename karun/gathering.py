@@ -20,13 +20,16 @@ import trio
 from common.broadcast.image import Entry, EntryKind, decode_table, image_id
 from common.broadcast.place import Place
 from common.errors import Code, KaError, from_errno
-from karun import api, archive
+from karun import archive
 from karun.agent import frames
 from karun.agent.give import SUM_SIZE
 from karun.agent.heavy import HEAVY
 from karun.copied import Copied, Step
 from karun.copying import check_names
+from karun.crew import Crew
 from karun.feed import CHUNK_SIZE
+from karun.orders import Invocation
+from karun.reasons import refusal
 from karun.results import printable
 
 __all__ = ["gather"]
@@ -41,16 +44,21 @@ _LEFT_OUT = (EntryKind.CHARACTER, EntryKind.BLOCK)
 
 
 async def gather(
-    run: api.Run, source: str, directory: str, *, on_progress: Callable[[Step], None] | None
+    crew: Crew,
+    source: str,
+    directory: str,
+    *,
+    sudo: bool,
+    on_progress: Callable[[Step], None] | None,
 ) -> list[Copied]:
-    """See `karun.api.Run.gather`."""
-    check_names(run.nodes)
+    """See `karun.crew.Crew.gather`."""
+    check_names(crew.nodes)
     try:
         await trio.to_thread.run_sync(lambda: os.makedirs(directory, exist_ok=True))
     except OSError as error:
         raise _unwritable(directory, error) from None
     heavy = await trio.to_thread.run_sync(archive.build_heavy)
-    gathering = _Gathering(run, directory, source, heavy, on_progress)
+    gathering = _Gathering(crew, directory, source, heavy, on_progress, sudo=sudo)
     try:
         return await gathering.run()
     finally:
@@ -62,16 +70,20 @@ class _Gathering:
 
     def __init__(
         self,
-        run: api.Run,
+        crew: Crew,
         directory: str,
         source: str,
         heavy: archive.Archive,
         on_progress: Callable[[Step], None] | None,
+        *,
+        sudo: bool,
     ) -> None:
-        self._run = run
+        self._crew = crew
         self._directory = os.fsencode(os.path.abspath(directory))
         self._name = source
-        self._words = ["give", heavy.digest, source]
+        self._invocation = Invocation(
+            ["give", heavy.digest, source], fed=True, task=True, sudo=sudo
+        )
         self._heavy = heavy
         self._is_heavy_sent = False
         self._on_progress = on_progress
@@ -81,31 +93,31 @@ class _Gathering:
         self._sums: dict[int, blake2b] = {}
         self._stderr: dict[int, bytes] = {}
         self._size = self._done_count = 0
-        self._arrived, self._placing = trio.open_memory_channel[int](len(run.nodes))
+        self._arrived, self._placing = trio.open_memory_channel[int](len(crew.nodes))
         self._error: KaError | None = None
         self._changed = trio.Event()
 
     async def run(self) -> list[Copied]:
-        engine = self._run.engine
-        self._command = engine.command(self._words, self, fed=True, task=True)
+        orders = self._crew.orders
+        self._command = orders.command(self._invocation, self)
         self._command.done = self._notice
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(PLACING_COUNT_MAX):
                     nursery.start_soon(self._place_arrived)
-                while len(self._results) < len(self._run.nodes) and self._error is None:
+                while len(self._results) < len(self._crew.nodes) and self._error is None:
                     await self._changed.wait()
                     self._changed = trio.Event()
                 nursery.cancel_scope.cancel()
         finally:
-            if self._command.pending and not engine.closed:
-                engine.abandon(self._command)
+            if self._command.pending and not orders.closed:
+                orders.abandon(self._command)
         if self._error is not None:
             raise self._error
-        return [self._results[rank] for rank in range(len(self._run.nodes))]
+        return [self._results[rank] for rank in range(len(self._crew.nodes))]
 
     def remove_parts(self) -> None:
-        for rank in range(len(self._run.nodes)):
+        for rank in range(len(self._crew.nodes)):
             try:
                 os.unlink(self._part(rank))
             except OSError:
@@ -115,18 +127,18 @@ class _Gathering:
         self._changed.set()
 
     def _part(self, rank: int) -> bytes:
-        name = os.fsencode(self._run.nodes[rank])
+        name = os.fsencode(self._crew.nodes[rank])
         return os.path.join(self._directory, b".%s.karun-%d" % (name, os.getpid()))
 
     def _finish(self, rank: int, reason: str | None) -> None:
-        self._results[rank] = Copied(rank, self._run.nodes[rank], reason)
+        self._results[rank] = Copied(rank, self._crew.nodes[rank], reason)
         self._done_count += reason is None
         self._notice()
         self._tell()
 
     def _tell(self) -> None:
         if self._on_progress is not None:
-            step = Step(self._name, 0, len(self._run.nodes), self._done_count, self._size)
+            step = Step(self._name, 0, len(self._crew.nodes), self._done_count, self._size)
             self._on_progress(step)
 
     # ------------------------------------------------------------ what comes (Sink)
@@ -164,7 +176,8 @@ class _Gathering:
         sums = self._sums.get(rank)
         if code or signal:
             how = f"was ended by signal {signal}" if signal else f"failed with code {code}"
-            self._finish(rank, printable(last) if last and code else how)
+            said = refusal(last) or printable(last)
+            self._finish(rank, said if last and code else how)
         elif sums is None or last != f"sum {sums.hexdigest()}":
             self._finish(rank, "what came is damaged or cut off")
         else:
@@ -178,13 +191,13 @@ class _Gathering:
             self._is_heavy_sent = True
             frame = frames.encode(HEAVY, 0, self._heavy.data)
             for at in range(0, len(frame), CHUNK_SIZE):
-                self._run.engine.feed(self._command, frame[at : at + CHUNK_SIZE])
+                self._crew.orders.feed(self._command, frame[at : at + CHUNK_SIZE])
 
     # ------------------------------------------------------------ putting it in its place
 
     async def _place_arrived(self) -> None:
         async for rank in self._placing:
-            target = os.path.join(self._directory, os.fsencode(self._run.nodes[rank]))
+            target = os.path.join(self._directory, os.fsencode(self._crew.nodes[rank]))
             reason: str | None = None
             try:
                 await trio.to_thread.run_sync(

@@ -16,12 +16,13 @@ import trio
 
 from common.config import format_size
 from common.signals import on_signal
-from karun import api, nodes
+from karun import nodes
 from karun.api import Copied, CopyOptions, Step
 from karun.connectors import WINDOWS
 from karun.copied import exit_code, report
+from karun.crew import Crew, alone
 from karun.lines import STDERR, STDOUT
-from karun.running import EXIT_INTERRUPTED, Where
+from karun.running import EXIT_INTERRUPTED, InSession, Where
 from karun.terminal import TERMINAL
 from karun.windows_nodes import WindowsNodes
 
@@ -41,44 +42,43 @@ class Form:
 
 
 def copy(
-    where: Where, sources: Sequence[str], destination: str, options: CopyOptions, form: Form
+    where: Where | InSession,
+    sources: Sequence[str],
+    destination: str,
+    options: CopyOptions,
+    form: Form,
 ) -> int:
     """Copy; return the exit code.  Raises KaError for what is wrong with the sources."""
-    names = where.names()
-    folding = nodes.Names(names)
+    if isinstance(where, Where) and where.via == WINDOWS:
+        run: Crew | WindowsNodes = where.windows(where.names())
+    else:
+        run = where.crew()
 
     def print_output(rank: int, data: bytes) -> None:
-        label = f"{folding[rank]}: ".encode()
+        label = f"{run.nodes[rank]}: ".encode()
         lines = data.splitlines(keepends=True)
         TERMINAL.write(STDERR, b"".join(label + line for line in lines))
-
-    run = where.windows(names) if where.via == WINDOWS else where.run(names)
 
     async def act(on_progress: OnStep) -> list[Copied]:
         return await run.copy(
             sources, destination, options=options, on_progress=on_progress, on_output=print_output
         )
 
-    return trio.run(_act, run, act, folding, form)
+    return trio.run(_act, run, act, form)
 
 
-def gather(where: Where, source: str, directory: str, form: Form) -> int:
+def gather(where: Where | InSession, source: str, directory: str, form: Form, *, sudo: bool) -> int:
     """Gather; return the exit code.  Raises KaError for what is wrong with the directory."""
-    names = where.names()
-
-    run = where.run(names)
+    run = where.crew()
 
     async def act(on_progress: OnStep) -> list[Copied]:
-        return await run.gather(source, directory, on_progress=on_progress)
+        return await run.gather(source, directory, sudo=sudo, on_progress=on_progress)
 
-    return trio.run(_act, run, act, nodes.Names(names), form)
+    return trio.run(_act, run, act, form)
 
 
 async def _act(
-    run: api.Run | WindowsNodes,
-    act: Callable[[OnStep], Awaitable[list[Copied]]],
-    names: nodes.Names,
-    form: Form,
+    run: Crew | WindowsNodes, act: Callable[[OnStep], Awaitable[list[Copied]]], form: Form
 ) -> int:
     meter = _Meter(is_shown=not form.quiet and TERMINAL.is_terminal(STDERR))
     results: list[Copied] | None = None
@@ -89,7 +89,7 @@ async def _act(
                 results = await act(meter.told)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise api.alone(group) from None
+        raise alone(group) from None
     finally:
         meter.clear()
     if results is None:
@@ -97,7 +97,7 @@ async def _act(
     if form.as_json:
         for result in results:
             TERMINAL.write(STDOUT, json.dumps(_facts(result)).encode() + b"\n")
-    lines = report(results, names)
+    lines = report(results, nodes.Names(run.nodes))
     if not form.quiet:
         lines.append(meter.summary(results))
     TERMINAL.write(STDERR, "".join(f"karun: {line}\n" for line in lines).encode())

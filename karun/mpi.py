@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 import trio
 
 from karun.agent.process import SIGKILL
-from karun.engine import TIMEOUT, Command, Sink
 from karun.nodes import Names
+from karun.orders import TIMEOUT, Command, Sink
 from karun.results import STAGE_STOPPED
 from karun.roster import State
 

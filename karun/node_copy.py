@@ -5,7 +5,7 @@ comes.  For each transfer a socket is opened and its address said; then a JOB co
 the nodes of this transfer, or the input ends.  One that is not for this node is passed over, so a
 node that comes late waits for its own.
 
-What is said, one JSON object a line: {"address", "summed", "device"}, then of each transfer
+What is said, one JSON object a line: {"address", "summed"}, then of each transfer
 {"done": true} or {"failed": why}.  A command's own output goes to standard error.
 The head's side: karun/copying.py.
 """
@@ -49,10 +49,10 @@ _IFREQ_COUNT_MAX = 64
 
 
 def encode_job_frame(
-    ranks: list[int], name: str, job: bytes, *, is_tree: bool, into: bool
+    nodes: Sequence[str], name: str, job: bytes, *, is_tree: bool, into: bool
 ) -> bytes:
     """Return what starts a transfer: the nodes in the order of the broadcast, and the job."""
-    members = " ".join(map(str, ranks))
+    members = frames.pack(*nodes)
     return frames.encode(JOB, 0, frames.pack(members, name, int(is_tree), int(into), job))
 
 
@@ -60,9 +60,9 @@ def main(incoming: Iterator[tuple[int, bytes]], words: list[str]) -> int:
     """Take part until the input ends; return 1 when anything has failed."""
     said = os.dup(1)
     os.dup2(2, 1)  # what a command prints is not for the head's protocol
-    rank = int(os.environ["KARUN_RANK"])
+    node = os.environ["KARUN_NODE"]
     destination, reach, command = words
-    path = filled(destination, os.environ["KARUN_NODE"])
+    path = filled(destination, node)
 
     def say(**facts: Any) -> None:
         os.write(said, json.dumps(facts).encode() + b"\n")
@@ -75,12 +75,8 @@ def main(incoming: Iterator[tuple[int, bytes]], words: list[str]) -> int:
             return 1
         host, port = sockets[0].getsockname()[:2]
         is_device = not command and _is_device(path)
-        say(
-            address=f"{_bracketed(host)}:{port}",
-            summed=checksum.COMPILED,
-            device=is_device,
-        )
-        found = _next_job(incoming, rank)
+        say(address=f"{_bracketed(host)}:{port}", summed=checksum.COMPILED)
+        found = _next_job(incoming, node)
         if found is None:
             return 0
         job, place, name, is_tree, into = found
@@ -100,16 +96,16 @@ def main(incoming: Iterator[tuple[int, bytes]], words: list[str]) -> int:
 
 
 def _next_job(
-    incoming: Iterator[tuple[int, bytes]], rank: int
+    incoming: Iterator[tuple[int, bytes]], node: str
 ) -> tuple[Job, int, str, bool, bool] | None:
-    """Return the job, this node's rank in it, and what it says of the source."""
+    """Return the job, this node's place in it, and what it says of the source."""
     for kind, payload in incoming:
         if kind != JOB:
             continue
         members, name, is_tree, into, encoded = frames.unpack(payload)
-        ranks = [int(one) for one in members.split()]
-        if rank in ranks:
-            place = ranks.index(rank) + 1
+        nodes = [frames.text(one) for one in frames.unpack(members)]
+        if node in nodes:
+            place = nodes.index(node) + 1
             return decode_job(encoded), place, frames.text(name), is_tree == b"1", into == b"1"
     return None
 

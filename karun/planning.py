@@ -36,9 +36,9 @@ def make_request(
     rack_size: int | None,
     uplink: str | None,
     topology: str | None,
+    multicast: bool,
     fanout: int | None,
     chunk_size: str | None,
-    multicast: bool,
     shared_medium: bool,
 ) -> Request:
     """Return what the options of `karun plan` ask for; raises KaError USAGE."""
@@ -52,12 +52,18 @@ def make_request(
             latency_s=latency_ms / 1000,
             uplink_rate=parse_rate(uplink) if uplink else 0,
         ),
-        kind=Kind(topology) if topology else None,
+        kind=kind_of(topology, multicast),
         fanout=fanout,
         chunk_size=parse_size(chunk_size) if chunk_size else None,
-        multicast=multicast,
         shared_medium=shared_medium,
     )
+
+
+def kind_of(topology: str | None, multicast: bool) -> Kind | None:
+    """Return the kind that is asked for; raises KaError USAGE when two are."""
+    if multicast and topology not in (None, Kind.MULTICAST.value):
+        raise KaError(Code.USAGE, f"--multicast is a topology: not together with {topology}")
+    return Kind(topology or Kind.MULTICAST.value) if topology or multicast else None
 
 
 def parse_rate(text: str) -> float:

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 
 import trio
 
+from common import nodeset
 from common.errors import Code, KaError
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
+from karun.crew import Crew, alone
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
@@ -29,7 +31,7 @@ from karun.ssh_options import fast_key_exchange
 from karun.terminal import TERMINAL
 from karun.windows_nodes import WindowsNodes
 
-__all__ = ["Where", "main"]
+__all__ = ["InSession", "Where", "main"]
 
 EXIT_INTERRUPTED = 130
 AGAIN_S = 3.0
@@ -54,6 +56,7 @@ class Where:
     fanout: int
     tree: str
     connect_s: float
+    late_s: float = 0.0
 
     def names(self) -> list[str]:
         """Return the nodes; raises KaError USAGE."""
@@ -80,11 +83,19 @@ class Where:
 
     def run(self, names: list[str]) -> api.Run:
         """Return the run over these nodes, not yet entered."""
-        limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
+        limits = Limits(
+            window=self.fanout, connect_s=self.connect_s, tree=self.tree, late_s=self.late_s
+        )
         return api.Run(names, self.connector(names), limits=limits)
 
+    def crew(self) -> Crew:
+        """Return the run over all these nodes, not yet entered; raises KaError USAGE."""
+        return self.run(self.names())
+
     def windows(self, names: list[str]) -> WindowsNodes:
-        """Return these nodes as what they are with `--via windows`."""
+        """Return these nodes as what they are with `--via windows`; raises KaError USAGE."""
+        if self.late_s:
+            raise KaError(Code.USAGE, "--late does not go with --via windows: copy again instead")
         return WindowsNodes(
             names, user=self.user, ssh_config=self.ssh_config, connect_s=self.connect_s,
             options=() if self.no_fast_ssh else fast_key_exchange(self.ssh_config, names[0]),
@@ -92,19 +103,33 @@ class Where:
         )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class InSession:
+    """The options that say which nodes, when those of a session are meant."""
+
+    session: str
+    nodes: tuple[str, ...]
+    """None: all."""
+
+    def crew(self) -> Crew:
+        """Return these nodes, not yet joined; raises KaError USAGE."""
+        chosen = nodeset.expand(",".join(self.nodes)) if self.nodes else ()
+        return api.Joined(self.session, chosen)
+
+
 def main(where: Where, options: Options) -> int:
     """Run it; return the exit code.  Raises KaError for what is wrong before it begins."""
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
     on_windows = where.via == WINDOWS
-    if on_windows and (options.mpi or options.sudo):
-        raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
+    if on_windows and options.mpi:
+        raise KaError(Code.USAGE, "--mpi is not for Windows nodes")
     run = where.windows(names) if on_windows else where.run(names)
     with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
             return trio.run(_run, run, options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
-            raise api.alone(group) from None
+            raise alone(group) from None
 
 
 class _Prints:
@@ -165,6 +190,7 @@ async def _command(
         cwd=options.cwd,
         env=options.settings(),
         limit_s=options.limit_s,
+        sudo=options.sudo,
     )
 
 

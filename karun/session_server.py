@@ -19,7 +19,7 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,11 @@ import trio
 from common import nodeset
 from common.errors import Code, KaError
 from karun import cli_run, client
+from karun import session_wire as joint
 from karun.agent import frames
 from karun.api import Run
+from karun.crew import require_distinct
+from karun.joining import Member
 from karun.lines import STDERR
 from karun.nodes import Names
 from karun.options import Options, printing
@@ -121,6 +124,8 @@ class _Server:
             await wire.stream.send_all(
                 frames.encode(client.INFO, 0, frames.pack(_summary(self._run)))
             )
+        elif kind == joint.JOIN:
+            await self._join(wire, payload)
         elif kind == client.RUN:
             words = wire.begin(payload)
             async with trio.open_nursery() as nursery:
@@ -135,10 +140,40 @@ class _Server:
                 await wire.drained()
                 nursery.cancel_scope.cancel()
 
+    async def _join(self, wire: _Wire, payload: bytes) -> None:
+        """Let a program give orders to nodes, until it goes."""
+        try:
+            ranks = self._joined(frames.unpack(payload))
+        except KaError as error:
+            refusal = frames.pack(error.code.name, str(error))
+            await wire.stream.send_all(frames.encode(joint.REFUSED, 0, refusal))
+            return
+        names = frames.pack(*(self._run.nodes[rank] for rank in ranks))
+        wire.say(joint.JOINED, 0, frames.pack(self._run.via, int(self._run.onehost), names))
+        member = Member(self._run.orders, ranks, wire.say)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(wire.sending, nursery.cancel_scope)
+            try:
+                async for kind, said in wire.incoming:
+                    member.take(kind, said)
+            except (trio.BrokenResourceError, frames.FrameError):
+                pass
+            finally:
+                wire.gone = True
+                member.close()
+            nursery.cancel_scope.cancel()
+
+    def _joined(self, fields: Sequence[bytes]) -> list[int]:
+        version, *names = map(frames.text, fields or (b"",))
+        if version != joint.version(self._run.engine.digest):
+            raise KaError(Code.WRONG_VERSION, joint.OTHER_VERSION)
+        require_distinct(names or self._run.nodes)
+        return self._ranks(names or self._run.nodes)
+
     async def _command(self, wire: _Wire, words: list[str]) -> int:
         nodes, options = cli_run.in_session(words)
         options = _files_in(wire.directory, options)
-        ranks = self._ranks(nodes)
+        ranks = self._ranks(nodeset.expand(nodes) if nodes else self._run.nodes)
         names = Names([self._run.nodes[rank] for rank in ranks])
         with printing(options, names, wire) as printer:
             sink = _Sink(printer, ranks, wire)
@@ -150,17 +185,15 @@ class _Server:
                     stdin=None if options.no_stdin or wire.is_terminal(client.STDIN)
                     else wire.input(),
                     cwd=options.cwd, env=options.settings(), limit_s=options.limit_s,
+                    sudo=options.sudo,
                 )  # fmt: skip
             if sink.error is not None:
                 raise sink.error
             code = printer.finish()
         return client.INTERRUPTED if wire.is_interrupted else code
 
-    def _ranks(self, text: str) -> list[int]:
-        if not text:
-            return list(range(len(self._run.nodes)))
+    def _ranks(self, names: Sequence[str]) -> list[int]:
         known = {name: rank for rank, name in enumerate(self._run.nodes)}
-        names = nodeset.expand(text)
         strangers = [name for name in names if name not in known]
         if strangers:
             raise KaError(Code.USAGE, f"not in this session: {nodeset.fold(strangers)}")

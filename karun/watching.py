@@ -22,6 +22,7 @@ import trio
 
 from common.signals import on_signal
 from karun import api, nodes
+from karun.crew import alone
 from karun.lines import STDOUT, Lines
 from karun.output import CODE_NO_READER
 from karun.results import CODE_UNREACHABLE
@@ -59,7 +60,7 @@ def main(where: Where, watch: Watch) -> int:
     try:
         return trio.run(_watch, where.run(names), view)
     except BaseExceptionGroup as group:
-        raise api.alone(group) from None
+        raise alone(group) from None
 
 
 class _View:

@@ -24,10 +24,10 @@ from common.errors import Code, KaError
 __all__ = [
     "CHUNK_S",
     "CHUNK_SIZES",
-    "PIECE_SIZE",
     "Cost",
     "Network",
     "ideal_s",
+    "piece_size",
     "predict",
     "shared_medium_s",
 ]
@@ -37,8 +37,24 @@ CHUNK_SIZES = tuple(1 << bits for bits in range(16, 23))
 CHUNK_S = 0.05
 """What a chunk may take on the narrowest link, if it is not of the smallest size: whoever is
 relied on, or judged, is so by windows of chunks, well within a second."""
-PIECE_SIZE = 256 * 1024
-"""What a node receives of a chunk before it passes that much on."""
+LISTEN_S = 0.3
+"""Until the source of a multicast pass knows who listens, and what they lack."""
+PIECE_SIZES = tuple(1 << bits for bits in range(16, 19))
+"""64 KiB ... 256 KiB: each costs every node a wake-up."""
+PIECE_S = 0.001
+"""What a piece takes on a link, if it can: who is woken more often does little else."""
+FILL_SHARE = 0.01
+"""What part of the time may go by because nodes wait for pieces."""
+
+
+def piece_size(depth: int, size: int, rate: float) -> int:
+    """Return how much of a chunk a node receives before it passes that much on.
+
+    In a pipeline of *depth* edges the last node is as many pieces behind.  *rate*: of the links,
+    in bytes a second, 0 if it is not known; *size*: of all that is sent.
+    """
+    wanted = max(FILL_SHARE * size / max(1, depth), PIECE_S * rate)
+    return next((one for one in PIECE_SIZES if one >= wanted), PIECE_SIZES[-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +103,7 @@ def predict(topology: Topology, size: int, chunk_size: int, network: Network) ->
     chunk_count = max(1, -(-size // chunk_size))
     if topology.kind is Kind.MULTICAST:
         return _predict_multicast(topology, size, network)
-    fill_s = max(_fill_s(tree, topology, chunk_size, network) for tree in topology.trees)
+    fill_s = max(_fill_s(tree, topology, size, chunk_size, network) for tree in topology.trees)
     drain_s, bottleneck = max(_loads(topology, size, chunk_count, network))
     return Cost(fill_s + drain_s * (1 - 1 / chunk_count), fill_s, bottleneck)
 
@@ -108,7 +124,7 @@ def shared_medium_s(topology: Topology, size: int, network: Network) -> float:
 
 
 def _predict_multicast(topology: Topology, size: int, network: Network) -> Cost:
-    """Everything once, what was lost again, and a round of complaints for each repair.
+    """Who listens, everything once, what was lost again, a round of complaints for each repair.
 
     With loss p and n nodes, after round r about n p**r of the nodes still miss a given chunk.
     """
@@ -116,15 +132,15 @@ def _predict_multicast(topology: Topology, size: int, network: Network) -> Cost:
     rounds = 0
     if loss:
         rounds = math.ceil(math.log(max(2, topology.shape.receiver_count)) / -math.log(loss))
-    tree = topology.trees[0]
-    round_s = 2 * tree.depth * (network.latency_s + network.hop_overhead_s)
+    round_s = 2 * topology.control.depth * (network.latency_s + network.hop_overhead_s)
     seconds = ideal_s(topology.shape.racks, size, network) / (1 - loss) + rounds * round_s
+    seconds += LISTEN_S
     return Cost(seconds, network.latency_s, "the sender's link")
 
 
-def _fill_s(tree: Tree, topology: Topology, chunk_size: int, network: Network) -> float:
+def _fill_s(tree: Tree, topology: Topology, size: int, chunk_size: int, network: Network) -> float:
     """Return when the last node of a tree has its first chunk."""
-    piece_size = min(chunk_size, PIECE_SIZE)
+    piece = min(chunk_size, piece_size(tree.depth, size, network.rate))
     slow_rate = network.rate
     if network.uplink_rate:
         slow_rate = min(network.rate, network.uplink_rate)
@@ -132,9 +148,9 @@ def _fill_s(tree: Tree, topology: Topology, chunk_size: int, network: Network) -
     edge_s = network.hop_overhead_s + network.latency_s
     return max(
         turns * turn_s
-        + quick * (edge_s + piece_size / network.rate)
-        + slow * (edge_s + piece_size / slow_rate)
-        + (chunk_size - piece_size) / (slow_rate if slow else network.rate)
+        + quick * (edge_s + piece / network.rate)
+        + slow * (edge_s + piece / slow_rate)
+        + (chunk_size - piece) / (slow_rate if slow else network.rate)
         for turns, quick, slow in _paths(tree, topology.rack_of)
     )
 

@@ -35,6 +35,8 @@ PROMPT_S = 0.01
 """A write that takes longer has blocked."""
 WARY_S = 1.0
 """For this long writing is then left to the thread."""
+BEHIND_COUNT = 16
+"""Chunks that wait for the sink."""
 PAUSE_MAX_S = 0.25
 """A chunk of which nothing comes for longer holds up those it is passed on to no more.
 
@@ -75,7 +77,7 @@ class Depot:
         work: trio.Nursery,
     ) -> None:
         self.sent_size = 0
-        """Bytes of chunks handed to connections."""
+        """Bytes of chunks handed to connections, or to a multicast group."""
         self._manifest = manifest
         self._store = store
         self._sink = sink
@@ -196,6 +198,8 @@ class Depot:
         if self._waiting or not sink.is_prompt:
             return
         growing = held.growing
+        if growing.stored_size == size:
+            return
         waits = _wait_count()
         try:
             sink.put(chunk, growing.stored_size, held.data[growing.stored_size : size])
@@ -206,6 +210,11 @@ class Depot:
         # On a busy machine it may take long without having waited for anything.
         if trio.current_time() - began_s > PROMPT_S and _wait_count() != waits:
             self._wary_until_s = trio.current_time() + WARY_S
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the sink has much to write: more need not be taken in now."""
+        return len(self._held) >= BEHIND_COUNT
 
     def take_written(self) -> tuple[list[int], str]:
         """Return the chunks that the sink has taken since, and why it has failed, if it has."""

@@ -106,7 +106,8 @@ class Downstream:
     def start(self, now: float) -> None:
         self._paces.start(now)
         for child in self.node.tree(self.index).children[self.node.rank]:
-            self._expect(child, now)
+            if child not in self.children:
+                self._expect(child, now)
 
     # ------------------------------------------------------------ who is a child
 

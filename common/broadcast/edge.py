@@ -23,7 +23,7 @@ from typing import Protocol
 
 import trio
 
-from common.broadcast.cost import PIECE_SIZE
+from common.broadcast.cost import PIECE_SIZES
 from common.broadcast.wire import HOP, Chunk
 from common.errors import Code, KaError
 from common.framing import Frame, FrameReceiver, Kind, encode_frame
@@ -32,8 +32,6 @@ from common.outbox import Outbox, Part
 
 __all__ = ["Edge", "Owner", "chunk_header"]
 
-LOW_WATER_MAX = PIECE_SIZE
-"""Below the kernel's smallest limit for a receive buffer, so that it never waits for more."""
 SIZE_PER_TURN = 4 * 1024 * 1024
 """A busy edge lets other tasks run after this much."""
 UNSENT_SIZE_MAX = 1024 * 1024 * 1024
@@ -81,6 +79,9 @@ class Edge:
         self.life = life
         """Random, of the peer's process; empty for one that we have called ourselves."""
         self.is_open = True
+        self.piece_size = PIECE_SIZES[-1]
+        """So much of a chunk is worth waking up for; well below the kernel's smallest limit for a
+        receive buffer, so that it never waits for more."""
         self._sock = sock
         self._receiver = receiver
         self._owner = owner
@@ -260,7 +261,7 @@ class Edge:
         """Be woken when a good part of the rest of a chunk is there."""
         left = 1
         if self._payload is not None and self.is_open:
-            left = max(1, min(LOW_WATER_MAX, len(self._receiver.want())))
+            left = max(1, min(self.piece_size, len(self._receiver.want())))
         if left != self._low_water and self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, left)
             self._low_water = left

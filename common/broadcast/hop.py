@@ -30,7 +30,6 @@ from common.broadcast import chunkset
 from common.broadcast.downstream import Budget, Downstream
 from common.broadcast.manifest import Manifest
 from common.broadcast.node import (
-    END,
     Action,
     Disconnect,
     Finished,
@@ -40,6 +39,7 @@ from common.broadcast.node import (
     WriteChunk,
 )
 from common.broadcast.outcome import Summary, Verdict
+from common.broadcast.passing import Pass
 from common.broadcast.topology import SOURCE, Topology
 from common.broadcast.upstream import Upstream, UpstreamState
 from common.broadcast.wire import (
@@ -52,6 +52,7 @@ from common.broadcast.wire import (
     Finish,
     Leave,
     Nack,
+    PassOver,
     Promote,
     Refuse,
     Report,
@@ -64,6 +65,8 @@ __all__ = ["Hop"]
 
 DAMAGED_COUNT_MAX = 3
 """Damaged chunks in a row after which a node looks for another parent."""
+NOBODY = -1
+"""Who sent a chunk that came by multicast."""
 
 
 class Hop:
@@ -78,10 +81,12 @@ class Hop:
         *,
         have: int = 0,
         attempt: int = 1,
+        passing: bool = False,
     ) -> None:
         """*have*: what the sink holds already, each chunk's sum found right (delta, resume).
 
         *attempt*: higher than any that an earlier process for this rank can have used.
+        *passing*: a multicast pass comes first; till it is over only the control tree is used.
         """
         assert 0 <= rank < topology.rank_count
         self.node = Node(
@@ -98,6 +103,7 @@ class Hop:
         indexes = range(len(topology.trees) + 1)
         self.ups = [Upstream(self.node, index) for index in indexes]
         self.downs = [Downstream(self.node, index, budget) for index in indexes]
+        self.passing = Pass(self.node, self.ups, self.downs, is_on=passing)
         self.verdict = Verdict.PENDING
         self.finished = False
         self.wake_s = 0.0
@@ -134,6 +140,7 @@ class Hop:
             Finish: self._finish,
             Nack: self._nack,
             Promote: self._promote,
+            PassOver: self._pass_over,
         }
 
     # ------------------------------------------------------------ events
@@ -141,16 +148,16 @@ class Hop:
     def start(self, now: float) -> list[Action]:
         """Begin; before any other event."""
         self._now = self._started_s = self._news_s = self._progress_s = now
-        for up, down in zip(self.ups, self.downs, strict=True):
-            up.start(now)
-            down.start(now)
+        self.passing.start(now)
         self._check_complete()
         self.wake_s = now + self.node.options.tick_s
         return self._take()
 
     def message_received(self, peer: int, message: Message, now: float) -> list[Action]:
         """Take a message; raises KaError PROTOCOL for one that is not for this transfer."""
-        self._check(peer, message)
+        if type(message) not in self._handlers:
+            raise KaError(Code.PROTOCOL, "a chunk without its payload, or no message of hops")
+        self.node.check(peer, message)
         self._enter(now)
         self.node.heard_s[peer] = now
         if not self.finished:
@@ -161,7 +168,7 @@ class Hop:
 
     def chunk_begins(self, peer: int, chunk: int, now: float) -> list[Action]:
         """The first bytes of a chunk have come; `chunk_received` or `chunk_broke_off` follows."""
-        self._check_chunk(chunk)
+        self.node.check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
         fit = self.ups[index].is_parent(peer) and peer not in self._damaged
@@ -177,7 +184,7 @@ class Hop:
 
     def chunk_received(self, peer: int, chunk: int, intact: bool, now: float) -> list[Action]:
         """Take a chunk; *intact*: its sum is that of the manifest."""
-        self._check_chunk(chunk)
+        self.node.check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
         node.coming &= ~(1 << chunk)
@@ -199,10 +206,22 @@ class Hop:
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)
-            node.have |= 1 << chunk
-            self._unwritten[chunk] = peer
-            node.actions.append(WriteChunk(chunk))
-            self.downs[index].pump(now)
+            self._take_intact(chunk, peer, now)
+        return self._take()
+
+    def chunk_heard(self, chunk: int, now: float) -> list[Action]:
+        """A chunk has come by multicast, and its sum is right."""
+        self._enter(now)
+        is_known = self.node.have >> chunk & 1
+        if not (is_known or self.finished or self.verdict is Verdict.FAILED):
+            self._take_intact(chunk, NOBODY, now)
+        return self._take()
+
+    def pass_over(self, now: float) -> list[Action]:
+        """The multicast pass is over: from here on neighbours bring what is lacking."""
+        self._enter(now)
+        if not self.finished:
+            self.passing.end(now)
         return self._take()
 
     def neighbour_lost(self, peer: int, reason: str, now: float) -> list[Action]:
@@ -272,7 +291,7 @@ class Hop:
         if self.finished:
             return self._take()
         self._lose_the_silent(now)
-        for up, down in zip(self.ups, self.downs, strict=True):
+        for up, down in self.passing.trees():
             up.tick(now)
             down.tick(now)
         self._tell()
@@ -306,31 +325,12 @@ class Hop:
             self._progress_s = now
         self._now = now
 
-    def _check(self, peer: int, message: Message) -> None:
-        if message.transfer != self.node.transfer:
-            raise KaError(Code.PROTOCOL, "a message of another transfer", peer=peer)
-        if not 0 <= peer < self.node.topology.rank_count or peer == self.node.rank:
-            raise KaError(Code.PROTOCOL, "a neighbour that is not in the plan", peer=peer)
-        tree = getattr(message, "tree", 0)
-        if not 0 <= tree <= self.node.control_index:
-            raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
-        if type(message) not in self._handlers:
-            raise KaError(Code.PROTOCOL, "a chunk without its payload, or no message of hops")
-        if getattr(message, "instead", 0) >= self.node.topology.rank_count:
-            raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
-        if not END <= getattr(message, "place", 0) < self.node.topology.rank_count:
-            raise KaError(Code.PROTOCOL, "a place that is not in the plan", peer=peer)
-        if type(message) is Ack:
-            self._check_chunk(message.chunk)
-
-    def _check_chunk(self, chunk: int) -> None:
-        if not 0 <= chunk < self.node.chunk_count:
-            raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk)
-
     # ------------------------------------------------------------ messages
 
     def _attach(self, peer: int, message: Attach, now: float) -> None:
         self.downs[message.tree].attach(peer, message, now)
+        if message.tree == self.node.control_index:
+            self.passing.greet(peer)
 
     def _accept(self, peer: int, message: Accept, now: float) -> None:
         self.ups[message.tree].accepted(peer, message, now)
@@ -388,7 +388,11 @@ class Hop:
         self._end("")
 
     def _nack(self, peer: int, message: Nack, now: float) -> None:
-        """The multicast pass is over here: that child will soon attach."""
+        """It is the shell's, for the pass."""
+
+    def _pass_over(self, peer: int, message: PassOver, now: float) -> None:
+        if self.ups[-1].is_parent(peer):
+            self.passing.end(now)
 
     def _is_child(self, peer: int, index: int, now: float) -> bool:
         """Return whether *peer* is; if it takes itself for one, tell it."""
@@ -412,6 +416,13 @@ class Hop:
             up.distrust(f"{count} damaged chunks in a row", now)
         if up.is_parent(peer):
             node.send(peer, Want(node.transfer, up.index, chunkset.encode(1 << chunk)))
+
+    def _take_intact(self, chunk: int, peer: int, now: float) -> None:
+        node = self.node
+        node.have |= 1 << chunk
+        self._unwritten[chunk] = peer
+        node.actions.append(WriteChunk(chunk))
+        self.downs[node.tree_of(chunk)].pump(now)
 
     def _check_complete(self) -> None:
         node = self.node

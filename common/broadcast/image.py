@@ -32,6 +32,7 @@ __all__ = [
     "Piece",
     "decode_table",
     "encode_table",
+    "holes",
     "image_id",
 ]
 
@@ -109,6 +110,15 @@ class Content:
             offset += count
             length -= count
             at += 1
+
+
+def holes(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of what an entry's ranges leave out, in order."""
+    end = 0
+    for offset, length in (*entry.ranges, (entry.size, 0)):
+        if offset > end:
+            yield end, offset - end
+        end = offset + length
 
 
 def encode_table(entries: Sequence[Entry]) -> bytes:

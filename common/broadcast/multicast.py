@@ -2,16 +2,17 @@
 
 The `Sender` says which piece of which chunk goes next, and when; a `Receiver` collects pieces, and
 says what it lacks (`Nack`).  What is still lacking when the pass is over is not their business:
-every node becomes a `hop`, with what it has.  So the pass may end early, or fail altogether
-(no multicast between two switches): it costs time, and nothing else.
+hops bring it.  So the pass may end early, or fail altogether (no multicast between two switches):
+it costs time, and nothing else.
 
-Nacks go up the repair tree over the sessions of hops, not into the group.  A node gathers what its
+Nacks go up the control tree over the sessions of hops, not into the group.  A node gathers what its
 children lack with its own for `hold_s` and sends the union (aggregation); which pieces these are
 is not said again for `repeat_s`, but how many receivers lack some is (suppression).
 
 Invariants
-  * what fewer than `repair_share` of the receivers lack is left to the hops, and does not count as
-    loss: one bad receiver costs the others nothing;
+  * what one receiver alone lacks is sent again when the others have had all, what fewer than
+    `repair_share` lack is left to the hops, and what fewer than `loss_quorum` lose does not count
+    as loss: one bad receiver costs the others nothing;
   * the source sends no more than its rate, which falls with loss and recovers slowly, and repeats
     no more than `repeat_share` of the data;
   * a receiver holds at most `partial_count_max` incomplete chunks; older ones are left to the hops.
@@ -23,6 +24,7 @@ and calls `tick` at `wake_s`.  Not here: the bytes of datagrams (`datagram`).
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +37,6 @@ from common.broadcast.datagram import (
     piece_count,
 )
 from common.broadcast.manifest import Manifest
-from common.broadcast.topology import Tree
 from common.broadcast.wire import Nack
 from common.errors import Code, KaError
 
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 NACK_CHUNK_COUNT_MAX = 64
+RATE_GROWTH = 1.05
+"""At each step in which next to nothing was lost, once something has been."""
 LOOK_COUNT_MAX = 1024
 """Lacking chunks that a receiver looks at in a tick; the others wait until these are settled."""
 FRAME_OVERHEAD = HEADER_SIZE + 66
@@ -63,12 +66,20 @@ class MulticastOptions:
 
     payload_size: int = 1400
     rate_max: float = 100e6
+    rate_start: float = 0.0
+    """Where nobody knows what the network carries: doubled at each step until something is lost.
+    0: `rate_max`."""
     rate_min: float = 1e6
     rate_step_s: float = 0.25
     """How often the rate is thought over."""
     loss_share: float = 0.05
     """Of what all receivers should have got: above this the rate falls; below half of it, it
-    rises.  More than `repair_share`: few bad receivers are no reason."""
+    rises."""
+    loss_quorum: float = 0.34
+    """Of receivers: loss of a chunk counts if so many report it.  What is lost in the common part
+    of the network, all lose."""
+    burst_s: float = 0.005
+    """A shell that was late may catch up so much."""
     hold_s: float = 0.05
     """How long gaps are gathered before they are reported."""
     repeat_s: float = 0.5
@@ -79,10 +90,8 @@ class MulticastOptions:
     """Of the data: so much is sent again at most."""
     settle_s: float = 1.0
     """The pass is over when for this long nobody has asked for anything."""
-    silence_s: float = 3.0
-    """A receiver that hears nothing for this long takes the pass for over."""
     ask_count_max: int = 3
-    """What was not repaired after so many requests is left to the hops."""
+    """What was not repaired after so many requests, when all was sent, is left to the hops."""
     partial_count_max: int = 256
 
     def __post_init__(self) -> None:
@@ -90,8 +99,8 @@ class MulticastOptions:
             raise KaError(Code.USAGE, "multicast needs a rate")
         if not PAYLOAD_SIZE_MIN <= self.payload_size <= 65000:
             raise KaError(Code.USAGE, f"payloads are of {PAYLOAD_SIZE_MIN} to 65000 bytes")
-        if not self.hold_s < self.repeat_s < self.settle_s < self.silence_s:
-            raise KaError(Code.USAGE, "need hold < repeat < settle < silence")
+        if not self.hold_s < self.repeat_s < self.settle_s:
+            raise KaError(Code.USAGE, "need hold < repeat < settle")
 
 
 class Outgoing(NamedTuple):
@@ -124,7 +133,8 @@ class Discard(NamedTuple):
 
 
 class SendNack(NamedTuple):
-    peer: int
+    """Send it to the parent in the control tree."""
+
     message: Nack
 
 
@@ -192,7 +202,6 @@ class Sender:
         self._fresh = chunkset.indexes(chunks)
         self._chunk, self._piece, self._piece_count = -1, 0, 0
         self._receiver_count = receiver_count
-        self._votes_min = max(1.0, options.repair_share * receiver_count)
         self._votes: dict[int, tuple[float, _Gap]] = {}
         """Of chunks that too few lack as yet: since when, and what."""
         self._repairs: dict[int, int] = {}
@@ -203,9 +212,12 @@ class Sender:
         self._all_sent = False
         self._quiet_since_s = 0.0
         self._over_count = 0
-        self._sent_count = self._lost_count = 0
+        self._sent_count = 0
+        self._losses: dict[int, tuple[int, int]] = {}
+        """By chunk, in this step: receivers that lack something of it, pieces that they lost."""
         self._step_s = 0.0
-        self.rate = options.rate_max
+        self._growth = 2.0 if options.rate_start else RATE_GROWTH
+        self.rate = min(options.rate_start or options.rate_max, options.rate_max)
         self.wake_s = 0.0
         """When `next_datagram` has something to send again."""
         self.finished = False
@@ -215,6 +227,13 @@ class Sender:
         self.wake_s = now
         self._step_s = now + self._options.rate_step_s
         self._advance()
+
+    def stop(self) -> None:
+        """Send no more data: say that the pass is over, and be finished."""
+        self._chunk = -1
+        self._repairs.clear()
+        self._repeats_left = 0
+        self._all_sent, self._quiet_since_s = True, -math.inf
 
     def next_datagram(self, now: float) -> Outgoing | None:
         """Return what to send now; None before `wake_s`, and when the pass is over."""
@@ -226,7 +245,7 @@ class Sender:
             return self._next_sign(now)
         self._all_sent = False
         self._sent_count += 1
-        late_s = min(now - self.wake_s, self._options.hold_s)  # a late shell may catch up a little
+        late_s = min(now - self.wake_s, self._options.burst_s)
         self.wake_s = now - late_s + (found.size + FRAME_OVERHEAD) / self.rate
         return found
 
@@ -234,14 +253,16 @@ class Sender:
         """Take note of what receivers lack; raises KaError PROTOCOL."""
         fresh_s = self._options.repeat_s / 2
         for chunk, gap in self._pieces.gaps_of(message):
-            self._lost_count += gap.lost_count
+            if gap.lost_count:
+                receivers, lost_count = self._losses.get(chunk, (0, 0))
+                self._losses[chunk] = receivers + gap.receivers, lost_count + gap.lost_count
             if now - self._repaired_s.get(chunk, -1e9) < fresh_s:
                 continue  # it crossed the repair
             began_s, votes = self._votes.pop(chunk, (now, _NO_GAP))
             if now - began_s > fresh_s:  # the same few ask again
                 began_s, votes = now, _NO_GAP
             votes = votes.joined(gap)
-            if votes.receivers < self._votes_min:
+            if votes.receivers < self._votes_needed():
                 self._votes[chunk] = began_s, votes
                 continue
             pending = self._repairs.get(chunk, 0)
@@ -251,6 +272,10 @@ class Sender:
                 self._repairs[chunk] = pending | votes.pieces
                 if self._all_sent:
                     self.wake_s = min(self.wake_s, now)
+
+    def _votes_needed(self) -> float:
+        few = min(2, self._receiver_count) if self._chunk >= 0 else 1
+        return max(few, self._options.repair_share * self._receiver_count)
 
     def _advance(self) -> None:
         """Go to the next chunk."""
@@ -296,46 +321,43 @@ class Sender:
         options = self._options
         if now < self._step_s or not self._sent_count:
             return
-        loss = self._lost_count / self._sent_count / self._receiver_count
+        quorum = options.loss_quorum * self._receiver_count
+        lost_count = sum(lost for receivers, lost in self._losses.values() if receivers >= quorum)
+        loss = lost_count / self._sent_count / self._receiver_count
         if loss > options.loss_share:
+            self._growth = RATE_GROWTH
             self.rate = max(options.rate_min, self.rate * (1 - min(loss, 0.5)))
         elif loss < options.loss_share / 2:
-            self.rate = min(options.rate_max, self.rate * 1.05)
-        self._sent_count = self._lost_count = 0
+            self.rate = min(options.rate_max, self.rate * self._growth)
+        self._sent_count = 0
+        self._losses.clear()
         self._step_s = now + options.rate_step_s
 
 
 class Receiver:
     """The side of every other node."""
 
-    def __init__(
-        self,
-        rank: int,
-        tree: Tree,
-        manifest: Manifest,
-        options: MulticastOptions,
-        *,
-        have: int,
-        chunks: int,
-    ) -> None:
-        """*tree*: the repair tree; *chunks*: what the sender sends."""
+    def __init__(self, manifest: Manifest, options: MulticastOptions, *, have: int) -> None:
         self.have = have
-        """Chunks whose sums were found right; what a hop starts with when it is `over`."""
+        """Chunks whose sums were found right."""
         self.over = False
+        """The sender has said so."""
         self.wake_s = 0.0
         self.duplicate_count = 0
         self._transfer = manifest.transfer_id
         self._options = options
         self._pieces = _Pieces(manifest, options)
         self._chunk_count = manifest.chunk_count
-        self._wanted = chunks & ~have
-        self._ancestors = list(tree.ancestors(rank))
+        self._wanted = chunkset.full(manifest.chunk_count) & ~have
         self._partial: dict[int, int] = {}
         """Pieces of incomplete chunks that are there."""
         self._checking = 0
         """Chunks whose sums are being checked."""
         self._front = 0
         """Chunks before this one should be there, or their gaps are known."""
+        self._all_sent = False
+        self._first = -1
+        """Chunks before this one were sent before this node listened: they are not asked for."""
         self._touched_s: dict[int, float] = {}
         """By chunk that is lacking: when a piece came, or it was found lacking."""
         self._asked: dict[int, tuple[float, int]] = {}
@@ -344,24 +366,29 @@ class Receiver:
         """By chunk: when this node last asked for itself, and how often."""
         self._below: dict[int, _Gap] = {}
         """Gaps of children that are not reported yet."""
-        self._heard_s = 0.0
 
     def start(self, now: float) -> None:
-        self._heard_s = now
         self.wake_s = now + self._options.hold_s
 
     def datagram_received(self, datagram: Datagram, now: float) -> list[Place | Complete | Discard]:
         """Take in a datagram of this transfer."""
-        self._heard_s = now
         chunk, piece = datagram.chunk, datagram.piece
         if datagram.kind is DatagramKind.OVER:
             self.over = True
         elif datagram.kind is DatagramKind.SENT:
-            self._front = self._chunk_count
+            self._heard_of(self._chunk_count)
+            if not self._all_sent:  # whoever lacked something alone is only heard now
+                self._all_sent = True
+                self._own_asked = {one: (at, 1) for one, (at, _) in self._own_asked.items()}
         elif chunk < self._chunk_count and piece < self._pieces.count(chunk):
-            self._front = max(self._front, chunk)
+            self._heard_of(chunk)
             return self._take(chunk, piece, len(datagram.payload), now)
         return []
+
+    def _heard_of(self, chunk: int) -> None:
+        if self._first < 0:
+            self._first = chunk
+        self._front = max(self._front, chunk)
 
     def chunk_checked(self, chunk: int, intact: bool, now: float) -> None:
         """The sum of a whole chunk was looked at; one that is wrong is collected anew."""
@@ -380,18 +407,9 @@ class Receiver:
             if chunk in self._below or len(self._below) < self._options.partial_count_max:
                 self._below[chunk] = self._below.get(chunk, _NO_GAP).joined(gap)
 
-    def neighbour_lost(self, peer: int) -> None:
-        """Report to the next ancestor from now on; the source always stays."""
-        if peer in self._ancestors[:-1]:
-            self._ancestors.remove(peer)
-
     def tick(self, now: float) -> list[SendNack | Discard]:
-        """Report gaps, gathered since the last tick; notice that the pass has ended unheard."""
+        """Report gaps, gathered since the last tick."""
         self.wake_s = now + self._options.hold_s
-        if now - self._heard_s >= self._options.silence_s:
-            self.over = True
-        if self.over:
-            return []
         actions: list[SendNack | Discard] = []
         gaps = self._below
         for chunk in self._own_gaps(now, actions):
@@ -407,7 +425,7 @@ class Receiver:
             due.append([chunk, gap.receivers, gap.lost_count, chunkset.encode(pieces)])
         self._below = gaps
         if due:
-            actions.append(SendNack(self._ancestors[0], Nack(self._transfer, due)))
+            actions.append(SendNack(Nack(self._transfer, due)))
         return actions
 
     def _take(
@@ -441,7 +459,8 @@ class Receiver:
     def _own_gaps(self, now: float, actions: list[SendNack | Discard]) -> list[int]:
         """Return the chunks to ask for: lacking for a while, and not asked for lately."""
         options = self._options
-        lacking = self._wanted & ~self._checking & chunkset.full(self._front)
+        due = chunkset.full(self._front) & ~chunkset.full(max(0, self._first))
+        lacking = self._wanted & ~self._checking & due
         found: list[int] = []
         for chunk in itertools.islice(chunkset.indexes(lacking), LOOK_COUNT_MAX):
             if now - self._touched_s.setdefault(chunk, now) < options.hold_s:
@@ -449,7 +468,7 @@ class Receiver:
             asked_s, count = self._own_asked.get(chunk, (-1e9, 0))
             if now - asked_s < options.repeat_s:
                 continue
-            if count >= options.ask_count_max:
+            if self._all_sent and count >= options.ask_count_max:
                 actions.append(self._give_up(chunk))
                 continue
             found.append(chunk)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from common.broadcast import chunkset
 from common.broadcast.outcome import Ledger, Summary
 from common.broadcast.topology import SOURCE, Topology, Tree
+from common.broadcast.wire import Ack
 from common.errors import Code, KaError
 from common.messages import Message
 
@@ -177,7 +178,7 @@ class Node:
         self.attempt = attempt
         self.relays = True
         """False: slow, or failed; it feeds nobody."""
-        self.ledger = Ledger(topology.shape.receiver_count)
+        self.ledger = Ledger(topology.shape.receiver_count, chunk_count)
         self.actions: list[Action] = []
         self.places = [rank] * (self.control_index + 1)
         """By tree: the rank whose place this node has, or `END`."""
@@ -185,6 +186,27 @@ class Node:
         """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
+
+    def check(self, peer: int, message: Message) -> None:
+        """Raise KaError PROTOCOL for what is not of this transfer, or names what is not there."""
+        if message.transfer != self.transfer:
+            raise KaError(Code.PROTOCOL, "a message of another transfer", peer=peer)
+        if not 0 <= peer < self.topology.rank_count or peer == self.rank:
+            raise KaError(Code.PROTOCOL, "a neighbour that is not in the plan", peer=peer)
+        tree = getattr(message, "tree", 0)
+        if not 0 <= tree <= self.control_index:
+            raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
+        if getattr(message, "instead", 0) >= self.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
+        if not END <= getattr(message, "place", 0) < self.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a place that is not in the plan", peer=peer)
+        if type(message) is Ack:
+            self.check_chunk(message.chunk)
+
+    def check_chunk(self, chunk: int) -> None:
+        """Raise KaError PROTOCOL for a chunk that does not exist."""
+        if not 0 <= chunk < self.chunk_count:
+            raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk)
 
     def tree(self, index: int) -> Tree:
         trees = self.topology.trees

@@ -69,17 +69,23 @@ _JOINED = Entry(Verdict.PENDING, 1, "did not report in time")
 class Ledger:
     """What one hop knows, and what of it its parent has not been told yet."""
 
-    def __init__(self, receiver_count: int) -> None:
+    def __init__(self, receiver_count: int, chunk_count: int = 0) -> None:
         self._all = chunkset.full(receiver_count + 1) & ~1
         self._joined = 0
         self._verified = 0
         self._others: dict[int, Entry] = {}
         self._notes: dict[int, str] = {}
+        self.ready = 0
+        """Ranks that listen for a multicast pass."""
+        self.lacking = 0
+        """Chunks that at least one of them lacks."""
         self._told_joined = 0
         self._told_verified = 0
+        self._told_ready = self._told_lacking = 0
         self._untold: set[int] = set()
         self._untold_notes: set[int] = set()
         self._rank_count = receiver_count + 1
+        self._chunk_count = chunk_count
 
     @property
     def verified_count(self) -> int:
@@ -120,10 +126,14 @@ class Ledger:
         """Take in a child's report; whether there was news.  Raises KaError PROTOCOL."""
         joined = chunkset.decode(report.joined, self._rank_count)
         verified = chunkset.decode(report.verified, self._rank_count)
+        ready = chunkset.decode(report.ready, self._rank_count)
+        lacking = chunkset.decode(report.lacking, self._chunk_count)
         others = [self._checked_entry(item) for item in report.others]
         notes = [self._checked_note(item) for item in report.notes]
         news = self._merge_joined(joined)
         news |= self._merge_verified(verified)
+        self.ready |= ready
+        self.lacking |= lacking
         for rank, entry in others:
             news |= self._learn(rank, entry)
         for rank, text in notes:
@@ -134,18 +144,30 @@ class Ledger:
         """Return what the parent has not been told, and take it for told; None for nothing."""
         joined = self._joined & ~self._told_joined
         verified = self._verified & ~self._told_verified
-        if not (joined or verified or self._untold or self._untold_notes):
+        ready = self.ready & ~self._told_ready
+        lacking = self.lacking & ~self._told_lacking
+        if not (joined or verified or ready or self._untold or self._untold_notes):
             return None
         self._told_joined, self._told_verified = self._joined, self._verified
+        self._told_ready, self._told_lacking = self.ready, self.lacking
         others = [[rank, *self._others[rank]] for rank in sorted(self._untold)]
         notes = [[rank, self._notes[rank]] for rank in sorted(self._untold_notes)]
         self._untold.clear()
         self._untold_notes.clear()
-        return Report(transfer, chunkset.encode(joined), chunkset.encode(verified), others, notes)
+        return Report(
+            transfer,
+            chunkset.encode(joined),
+            chunkset.encode(verified),
+            others,
+            notes,
+            chunkset.encode(ready),
+            chunkset.encode(lacking),
+        )
 
     def forget_told(self) -> None:
         """A new parent knows nothing yet."""
         self._told_joined = self._told_verified = 0
+        self._told_ready = self._told_lacking = 0
         self._untold = set(self._others)
         self._untold_notes = set(self._notes)
 

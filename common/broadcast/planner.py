@@ -4,8 +4,8 @@ Every kind of shape is tried at its best parameters; the quickest wins, but one 
 quick (`SLACK`) and simpler is preferred: a chain keeps one connection each way, crosses each
 uplink once, and has the least to repair.  The alternatives stay in the plan, to be shown.
 
-Multicast is proposed only to who says that the network carries it, and on a shared medium, where
-it alone does not send everything once for each receiver.
+Multicast is considered only on a shared medium, where it alone does not send everything once for
+each receiver; a switched network carries a chain as quickly, and reliably.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ SIMPLE_FIRST = (
 )
 FANOUTS = {Kind.KARY: (4, 8, 16), Kind.STRIPES: (2, 4, 8)}
 assert set(SIMPLE_FIRST) == set(Kind)
+MULTICAST_CHUNK_SIZE_MAX = 256 * 1024
+"""Of a chunk that lacks a single datagram at the end of the pass, all is sent again."""
 FLAT_COUNT_MAX = 64
 """Connections that a source is trusted to keep busy at once; asked for, it may be more."""
 
@@ -58,10 +60,8 @@ class Request:
     """None: the planner chooses."""
     fanout: int | None = None
     chunk_size: int | None = None
-    multicast: bool = False
-    """The network carries multicast to all nodes."""
     shared_medium: bool = False
-    """One wire for all, as a hub or a radio cell."""
+    """One wire for all, as a hub or a radio cell; it carries multicast."""
 
     @property
     def receiver_count(self) -> int:
@@ -107,9 +107,8 @@ def make_plan(request: Request) -> Plan:
     """Choose; raises KaError USAGE for what cannot be planned."""
     if request.size < 0:
         raise KaError(Code.USAGE, "a size cannot be negative")
-    if request.kind is Kind.MULTICAST and not request.multicast:
-        raise KaError(Code.USAGE, "multicast needs a network that carries it: say --multicast")
-    kinds = [kind for kind in Kind if kind is not Kind.MULTICAST or request.multicast]
+    considered = request.shared_medium or request.kind is Kind.MULTICAST
+    kinds = [kind for kind in Kind if kind is not Kind.MULTICAST or considered]
     choices = {kind: _best(kind, request) for kind in kinds}
     quickest = min(choices.values(), key=lambda choice: choice.cost.seconds)
     if request.kind is not None:
@@ -141,6 +140,9 @@ def _best(kind: Kind, request: Request) -> Choice:
     if request.fanout is not None and kind in FANOUTS:
         fanouts = (request.fanout,)
     chunk_sizes = _chunk_sizes(request)
+    if kind is Kind.MULTICAST and request.chunk_size is None:
+        small = [size for size in chunk_sizes if size <= MULTICAST_CHUNK_SIZE_MAX]
+        chunk_sizes = tuple(small) or chunk_sizes[:1]
     whole = max(1, request.size)
     tried: list[Choice] = []
     for fanout in fanouts:
@@ -194,7 +196,7 @@ def _reason(chosen: Choice, quickest: Choice, request: Request) -> str:
         sentence = "there is one receiver, and one way to reach it"
     elif request.shared_medium and chosen.shape.kind is Kind.MULTICAST:
         sentence = "on a shared medium everything else sends the data once for each receiver"
-    elif chosen.topology.trees[0].depth and request.size > chosen.chunk_size:
+    elif _is_pipeline(chosen) and request.size > chosen.chunk_size:
         share = chosen.cost.fill_s / chosen.cost.seconds if chosen.cost.seconds else 0
         sentence += f"; {100 * share:.1f} % of the time is filling the pipeline"
     if request.kind is not None:
@@ -209,6 +211,10 @@ def _reason(chosen: Choice, quickest: Choice, request: Request) -> str:
     return sentence
 
 
+def _is_pipeline(choice: Choice) -> bool:
+    return choice.shape.kind is not Kind.MULTICAST and choice.topology.trees[0].depth > 0
+
+
 _REASONS = {
     Kind.FLAT: "the source reaches the few receivers itself as quickly as any relay would",
     Kind.CHAIN: "every node sends and receives each byte once, so the links are used in full",
@@ -219,5 +225,5 @@ _REASONS = {
     Kind.BINOMIAL: "everyone who has the data passes them on, twice as many each round",
     Kind.BINARY: "two copies from every relay, and few levels",
     Kind.KARY: "many copies from every relay, and very few levels",
-    Kind.MULTICAST: "the network makes the copies; the tree is for repairs",
+    Kind.MULTICAST: "the network makes the copies; a chain brings what a node lacks then",
 }

@@ -5,7 +5,7 @@
 sent at their end.
 
 Parts: `switchboard` (connections, each an `edge`), `depot` (chunks in memory, the sink's thread),
-`briefing` (how the plan reaches everybody).
+`briefing` (how the plan reaches everybody), `casting` (the multicast pass).
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from collections.abc import Callable, Sequence
 import trio
 
 from common import log
-from common.broadcast import chunkset
+from common.broadcast import chunkset, group
 from common.broadcast.briefing import Briefing, Plan, decode_plan
+from common.broadcast.casting import Casting, Hearing
+from common.broadcast.cost import piece_size
+from common.broadcast.datagram import DatagramCodec
 from common.broadcast.depot import Depot, reason_of
 from common.broadcast.edge import Edge
 from common.broadcast.hop import Hop
@@ -34,7 +37,8 @@ from common.broadcast.node import (
 from common.broadcast.store import Sink, Store
 from common.broadcast.switchboard import Switchboard
 from common.broadcast.topology import SOURCE
-from common.broadcast.wire import HOP, Want
+from common.broadcast.topology import Kind as ShapeKind
+from common.broadcast.wire import HOP, Nack, Want
 from common.errors import Code, KaError
 from common.framing import Kind, encode_frame
 from common.messages import Message
@@ -61,9 +65,11 @@ class Relay:
         self.depot: Depot | None = None
         self._job = job
         self._topology = job.topology
+        self._cast: Casting | Hearing | None = None
         self._board = Switchboard(job, rank, self, self._lost)
         self._briefing = Briefing()
         self._plan: Plan | None = None
+        self._piece_size = 0
         self._early: list[tuple[int, Message]] = []
         self._serving: trio.Nursery | None = None
         self._work: trio.Nursery | None = None
@@ -91,6 +97,8 @@ class Relay:
     def know(self, plan: Plan) -> None:
         """Answer whoever asks for the plan."""
         self._plan = plan
+        depth = max(tree.depth for tree in self._topology.trees)
+        self._piece_size = piece_size(depth, plan.manifest.size, self._job.options.expected_rate)
         self._briefing.know(plan.encoded)
 
     async def fetch_plan(self) -> Plan:
@@ -137,14 +145,25 @@ class Relay:
         assert self._plan is not None
         manifest = self._plan.manifest
         self._sink = None if failure else sink
+        passing = self._topology.kind is ShapeKind.MULTICAST
         hop = Hop(
-            self.rank, self._topology, manifest, self._job.options, have=have, attempt=attempt
+            self.rank,
+            self._topology,
+            manifest,
+            self._job.options,
+            have=have,
+            attempt=attempt,
+            passing=passing,
         )
+        sock = await trio.to_thread.run_sync(self._open_group) if passing else None
         async with trio.open_nursery() as nursery:
             self._work = nursery
             self.depot = Depot(manifest, store, self._sink, self._board, nursery)
             self.hop = hop
             try:
+                if passing:
+                    self._cast = self._make_cast(sock, store, hop, self.depot)
+                    nursery.start_soon(self._cast.run)
                 self._perform(hop.start(trio.current_time()))
                 if failure:
                     self._perform(hop.sink_failed(failure, trio.current_time()))
@@ -165,6 +184,27 @@ class Relay:
             await self._board.finish()
         assert self._outcome is not None
         return self._outcome
+
+    def _open_group(self) -> socket.socket | None:
+        """Return the socket of the multicast pass; None: this node takes no part in it."""
+        job = self._job
+        try:
+            if self.rank == SOURCE:
+                return group.open_sender(job.transfer_id, job.addresses[1])
+            return group.open_listener(job.transfer_id, job.addresses[SOURCE])
+        except KaError as error:
+            _log.warning("multicast.impossible", reason=str(error))
+        return None
+
+    def _make_cast(
+        self, sock: socket.socket | None, store: Store, hop: Hop, depot: Depot
+    ) -> Casting | Hearing:
+        assert self._plan is not None
+        manifest, perform = self._plan.manifest, self._perform
+        codec = DatagramCodec(manifest.transfer_id, self._job.token)
+        if self.rank != SOURCE:
+            return Hearing(sock, codec, manifest, hop, depot, perform)
+        return Casting(sock, codec, manifest, store, hop, depot, perform)
 
     # ------------------------------------------------------------ the hop's actions
 
@@ -205,6 +245,7 @@ class Relay:
         manifest = self._plan.manifest
         if not 0 <= chunk < manifest.chunk_count or size != manifest.extent(chunk)[1]:
             raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk, size=size)
+        edge.piece_size = self._piece_size
         return self.depot.lend(size)
 
     def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None:
@@ -261,6 +302,8 @@ class Relay:
     def _deliver(self, peer: int, message: Message) -> None:
         assert self.hop is not None
         self._perform(self.hop.message_received(peer, message, trio.current_time()))
+        if type(message) is Nack and self._cast is not None:
+            self._cast.nack_received(message)
         complaint = self.rank == SOURCE and type(message) is Want
         if complaint and self._work is not None and not self._is_checking:
             self._is_checking = True  # who goes on complaining is heard later

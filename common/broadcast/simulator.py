@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from common.broadcast import chunkset
-from common.broadcast.cost import PIECE_SIZE
+from common.broadcast.cost import piece_size
 from common.broadcast.hop import Hop
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
@@ -149,6 +149,8 @@ class Simulation:
         self._topology = build(scenario.shape)
         size = scenario.chunk_count * scenario.chunk_size
         sums = bytes(8 * scenario.chunk_count)
+        depth = max(tree.depth for tree in self._topology.trees)
+        self._piece_size = piece_size(depth, size, scenario.link_rate)
         self._manifest = Manifest(
             bytes(16), "simulated", size, scenario.chunk_size, Algorithm.XXH3, sums
         )
@@ -274,7 +276,7 @@ class Simulation:
         sender = self._machines[rank]
         if item.state != AS_IT_CAME or sender.hop.node.have >> item.chunk & 1:
             return item.ready_s
-        piece_s = min(PIECE_SIZE, self.scenario.chunk_size) / sender.rate
+        piece_s = min(self._piece_size, self.scenario.chunk_size) / sender.rate
         came_s = sender.coming_s.get(item.chunk, 0.0)
         return max(item.ready_s, came_s + piece_s + self.scenario.latency_s)
 
@@ -389,7 +391,7 @@ class Simulation:
     def _complete(self, rank: int, chunk: int) -> None:
         """Nobody need wait any longer for the rest of a chunk that another has brought first."""
         machine = self._machines[rank]
-        soon_s = self.now + min(PIECE_SIZE, self.scenario.chunk_size) / machine.rate
+        soon_s = self.now + min(self._piece_size, self.scenario.chunk_size) / machine.rate
         for peer in machine.hop.downs[chunk % len(self._topology.trees)].children:
             link = self._link(rank, peer)
             queue = link.queues.get((peer, link.generation))

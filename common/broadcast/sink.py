@@ -1,6 +1,7 @@
 """The sink for files and directories: written beside, verified, put in place.
 
-Nothing at the destination changes before every chunk was read back and found right.  Until then
+Nothing at the destination changes before every chunk was read back and found right: what travels
+as soon as it is written, while the processor's cache holds it, all else in the end.  Until then
 the new files are below a stage, a directory at the destination whose name begins with `.ka-part`;
 it stays when a transfer ends early.  What it holds, and what the destination itself holds under
 the same names, is summed when the next transfer begins: so resume and delta need no records.
@@ -15,7 +16,6 @@ and no link is followed (`place`).  What the table may say is `image`'s business
 from __future__ import annotations
 
 import bisect
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -24,9 +24,10 @@ from collections.abc import Iterator, Sequence
 from common.broadcast import chunkset
 from common.broadcast.filecache import FileCache, write_at
 from common.broadcast.image import Content, Entry, EntryKind, Piece
-from common.broadcast.manifest import Manifest
+from common.broadcast.manifest import Manifest, Summing
 from common.broadcast.place import Place
 from common.errors import Code, KaError, from_errno
+from common.storage import sync_file_system
 
 __all__ = ["FileSink"]
 
@@ -51,6 +52,10 @@ class FileSink:
         self._files = FileCache(self._open)
         self._pinned: list[int] = []
         """The descriptor of the only file, kept open for `locate`."""
+        self._read_back: dict[int, Summing] = {}
+        """Chunks that are being written, with the sum of what reads back."""
+        self._right_ones = 0
+        """Those that have read back as they should, since they were written."""
 
     # ------------------------------------------------------------ a Sink
 
@@ -71,15 +76,24 @@ class FileSink:
 
     def put(self, chunk: int, at: int, part: memoryview) -> None:
         assert self._manifest is not None
-        start, _ = self._manifest.extent(chunk)
+        manifest = self._manifest
+        if at == 0:
+            self._read_back[chunk] = manifest.algorithm.begin()
+            self._right_ones &= ~(1 << chunk)
+        summing = self._read_back[chunk]
+        start, size = manifest.extent(chunk)
+        end = at + len(part)
         for piece in self._content.pieces(start + at, len(part)):
             with self._files.lend(piece.entry) as fd:
                 write_at(fd, part[: piece.length], piece.offset)
+                summing.update(os.pread(fd, piece.length, piece.offset))
             part = part[piece.length :]
+        if end == size and self._read_back.pop(chunk).digest() == manifest.sum_at(chunk):
+            self._right_ones |= 1 << chunk
 
     def verify(self) -> list[int]:
         self._sync_stage()
-        bad = [chunk for chunk, right in self._right() if not right]
+        bad = [chunk for chunk, right in self._right(self._right_ones) if not right]
         if not bad:
             try:
                 self._put_in_place()
@@ -185,7 +199,7 @@ class FileSink:
     def _sync_stage(self) -> None:
         """Put what is in the stage on stable storage."""
         if len(self._staged) > SYNC_ONE_BY_ONE_MAX:
-            _sync_file_system(self._stage)
+            sync_file_system(self._stage)
             return
         for index in self._staged:
             with self._files.lend(index) as fd:
@@ -215,7 +229,7 @@ class FileSink:
         for entry in reversed(directories):  # what was made inside has changed their times
             place.dress_directory(entry)
         if len(self._entries) > SYNC_ONE_BY_ONE_MAX:
-            _sync_file_system(self._stage)
+            sync_file_system(self._stage)
         else:
             place.sync_directories()
 
@@ -241,11 +255,11 @@ class FileSink:
                 return None
         return buffer[:end]
 
-    def _right(self) -> Iterator[tuple[int, bool]]:
-        """Yield each chunk, and whether it is there and its sum is right."""
+    def _right(self, known: int = 0) -> Iterator[tuple[int, bool]]:
+        """Yield each chunk but the *known* ones, and whether it is there and its sum is right."""
         assert self._manifest is not None
         buffer = memoryview(bytearray(self._manifest.chunk_size))
-        for chunk in range(self._manifest.chunk_count):
+        for chunk in chunkset.indexes(chunkset.full(self._manifest.chunk_count) & ~known):
             data = self._read_into(chunk, buffer)
             yield chunk, data is not None and self._manifest.verify(chunk, data)
 
@@ -302,9 +316,3 @@ def _copy(source: int, target: int, piece: Piece) -> None:
             raise KaError(Code.EIO, "the destination was changed while it was being read")
         left -= count
         offset += count
-
-
-def _sync_file_system(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.syncfs(fd):
-        raise OSError(ctypes.get_errno(), "cannot flush the file system")

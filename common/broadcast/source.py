@@ -30,13 +30,9 @@ XATTR_PREFIXES = ("user.", "trusted.", "security.capability", "system.posix_acl_
 class Source:
     """What is to be sent; a `Store` once it has made its plan."""
 
-    def __init__(self, path: str | bytes | int, *, sparse: bool = True) -> None:
-        """*path*: or an open file descriptor, which is closed in the end.
-
-        *sparse*: holes do not travel.  For an image that is written to a device they must.
-        """
+    def __init__(self, path: str | bytes | int) -> None:
+        """*path*: or an open file descriptor, which is closed in the end."""
         self._path = path if isinstance(path, int) else os.fsencode(path)
-        self._sparse = sparse
         self._entries: list[Entry] = []
         self._content = Content(())
         self._chunk_size = 0
@@ -142,7 +138,7 @@ class Source:
             return
         assert isinstance(self._path, bytes)
         links: dict[tuple[int, int], bytes] = {}
-        self._entries = [_entry(self._path, b"", os.stat(self._path), links, self._sparse)]
+        self._entries = [_entry(self._path, b"", os.stat(self._path), links)]
         waiting = [b""]
         while waiting:
             above = waiting.pop()
@@ -154,7 +150,7 @@ class Source:
                 status = os.lstat(full)
                 if stat.S_ISSOCK(status.st_mode) or path.startswith(STAGE_NAME):
                     continue  # it belongs to a process, or is left of a transfer to here
-                entry = _entry(full, path, status, links, self._sparse)
+                entry = _entry(full, path, status, links)
                 self._entries.append(entry)
                 if entry.kind is EntryKind.DIRECTORY:
                     waiting.append(path)
@@ -162,7 +158,7 @@ class Source:
     def _single_entry(self) -> Entry:
         status = os.fstat(self._single)
         size = os.lseek(self._single, 0, os.SEEK_END)  # of a device too
-        ranges = tuple(_ranges(self._single, size, status, self._sparse))
+        ranges = tuple(_ranges(self._single, size, status))
         mode = stat.S_IMODE(status.st_mode) if stat.S_ISREG(status.st_mode) else 0o600
         xattrs = _xattrs(self._single) if stat.S_ISREG(status.st_mode) else ()
         return Entry(
@@ -192,7 +188,6 @@ def _entry(
     path: bytes,
     status: os.stat_result,
     links: dict[tuple[int, int], bytes],
-    sparse: bool,
 ) -> Entry:
     kind = _KINDS[stat.S_IFMT(status.st_mode)]
     entry = Entry(
@@ -218,16 +213,16 @@ def _entry(
     if status.st_size:
         fd = os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         try:
-            ranges = tuple(_ranges(fd, status.st_size, status, sparse))
+            ranges = tuple(_ranges(fd, status.st_size, status))
         finally:
             os.close(fd)
     return entry._replace(size=status.st_size, ranges=ranges)
 
 
-def _ranges(fd: int, size: int, status: os.stat_result, sparse: bool) -> Iterator[tuple[int, int]]:
+def _ranges(fd: int, size: int, status: os.stat_result) -> Iterator[tuple[int, int]]:
     """Yield what is not a hole."""
     has_holes = stat.S_ISREG(status.st_mode) and status.st_blocks * 512 < size
-    if not sparse or not has_holes:
+    if not has_holes:
         if size:
             yield 0, size
         return

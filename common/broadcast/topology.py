@@ -13,8 +13,8 @@ Invariants of every tree, whatever the shape:
 Shapes: flat (the source feeds all), binomial, binary, k-ary, lambda (Bar-Noy and Kipnis' postal
 model: a call occupies the caller for a gap, and makes the called one a caller after a longer
 time), chain, stripes (m trees of fan-out m in which a node relays in one tree and is a leaf in the
-others: SplitStream, and Sanders, Speck and Träff's two trees for m = 2), multicast (the tree is
-for control and repair only).  Not here: times (`cost`) and the choice (`planner`).
+others: SplitStream, and Sanders, Speck and Träff's two trees for m = 2), multicast (a
+chain, for what is lacking after the pass).  Not here: times (`cost`) and the choice (`planner`).
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ FANOUT_MAX = 64
 """Of k-ary trees and stripes; a node that feeds more should be planned flat."""
 CONTROL_FANOUT = 16
 """Of the control tree: 10,000 nodes in four levels, and few reports at once for each to merge."""
-REPAIR_FANOUT = 8
-"""Of the tree behind a multicast: few levels, and a repairer hears few complaints at once."""
 
 Children = list[list[int]]
 
@@ -105,10 +103,6 @@ class Tree:
         while (rank := self.parents[rank]) >= 0:
             yield rank
 
-    def foster(self, rank: int, lost: Container[int]) -> int:
-        """Return the nearest ancestor of *rank* that is not lost; the source always counts."""
-        return next((one for one in self.ancestors(rank) if one not in lost), SOURCE)
-
     def below(self, rank: int) -> int:
         """Return the set of ranks in the part of the tree that begins with *rank*."""
         found, waiting = 0, [rank]
@@ -117,6 +111,10 @@ class Tree:
             found |= 1 << one
             waiting.extend(self.children[one])
         return found
+
+    def foster(self, rank: int, lost: Container[int]) -> int:
+        """Return the nearest ancestor of *rank* that is not lost; the source always counts."""
+        return next((one for one in self.ancestors(rank) if one not in lost), SOURCE)
 
     def successors(self, rank: int, lost: Container[int]) -> list[int]:
         """Return whom *rank* feeds: its children, those of a lost one in the place of that one."""
@@ -170,7 +168,7 @@ def build(shape: Shape) -> Topology:
     match shape.kind:
         case Kind.FLAT:
             forest = [[list(range(1, count + 1)), *([] for _ in range(count))]]
-        case Kind.CHAIN:
+        case Kind.CHAIN | Kind.MULTICAST:
             forest = [_chain(count)]
         case Kind.STRIPES:
             forest = _stripes(shape.racks, shape.fanout)
@@ -183,8 +181,6 @@ def build(shape: Shape) -> Topology:
         case Kind.LAMBDA:
             gap, ready = shape.gap_us, shape.ready_us
             forest = [_by_rack(lambda size: _postal(size, gap, ready), shape.racks)]
-        case Kind.MULTICAST:
-            forest = [_by_rack(lambda size: _k_ary(size, REPAIR_FANOUT), shape.racks)]
     control = _by_rack(lambda size: _k_ary(size, CONTROL_FANOUT), shape.racks)
     rack_of = (0, *(rack for rack, size in enumerate(shape.racks) for _ in range(size)))
     rows = list(zip(*forest, strict=True))[1:]

@@ -23,6 +23,7 @@ __all__ = [
     "Finish",
     "Leave",
     "Nack",
+    "PassOver",
     "Promote",
     "Refuse",
     "Report",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 HOP = Catalogue("hop")
+NOTHING = b"\x00"
+"""The set that is empty."""
 
 
 @HOP.message(1)
@@ -152,6 +155,10 @@ class Report(NamedTuple):
     """[rank, verdict, attempt, reason] each."""
     notes: list[Any]
     """[rank, text] each."""
+    ready: bytes = NOTHING
+    """Ranks that listen for the multicast pass, and have said what they lack."""
+    lacking: bytes = NOTHING
+    """Chunks that at least one of these lacks."""
 
 
 @HOP.message(12)
@@ -163,7 +170,7 @@ class Finish(NamedTuple):
 
 @HOP.message(13)
 class Nack(NamedTuple):
-    """Child to parent in the repair tree during a multicast pass: what receivers lack."""
+    """Child to parent on the control tree during a multicast pass: what receivers lack."""
 
     transfer: bytes
     gaps: list[Any]
@@ -171,6 +178,13 @@ class Nack(NamedTuple):
 
 
 @HOP.message(14)
+class PassOver(NamedTuple):
+    """Parent to child on the control tree: the multicast pass is over, attach in the data trees."""
+
+    transfer: bytes
+
+
+@HOP.message(15)
 class Promote(NamedTuple):
     """Parent of a lost relay to a leaf: take its place, attach to me -> `Attach` or `Leave`."""
 

@@ -17,12 +17,22 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from common.errors import Code, KaError
-from kadeploy.node import devices, images, receiver, system
-from kadeploy.orders import Customize, Format, InstallBoot, Order, Partition, WriteImage, from_json
+from kadeploy.node import devices, fitting, images, receiver, system
+from kadeploy.orders import (
+    Customize,
+    Fit,
+    Format,
+    InstallBoot,
+    Order,
+    Partition,
+    WriteImage,
+    from_json,
+)
 
 ORDER_SIZE_MAX = 64 << 20
 END_S = 10.0
@@ -37,6 +47,8 @@ def _do(order: Order, root: Path) -> dict[str, Any]:
         system.partition(order)
     elif isinstance(order, Format):
         system.format_partition(order)
+    elif isinstance(order, Fit):
+        fitting.fit(order, root)
     elif isinstance(order, Customize):
         system.customize(order, root)
     elif isinstance(order, InstallBoot):
@@ -89,25 +101,24 @@ def _take_over(record: Path) -> None:
     record.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):
         other = int(record.read_text())
-        # After a turn of the process numbers it may be our own.
-        if other != os.getpid() and b"kadeploy" in Path(f"/proc/{other}/cmdline").read_bytes():
+        # After a turn of the process numbers it may be our own, or somebody else's.
+        if other != os.getpid() and any(b"kadeploy" in words for words in _at_work(other)):
             os.killpg(other, signal.SIGKILL)
             deadline_s = time.monotonic() + END_S
-            while _is_at_work(other):
+            while any(True for _ in _at_work(other)):
                 if time.monotonic() > deadline_s:
                     raise KaError(Code.BUSY, "what was begun before does not end")
                 time.sleep(0.05)
     record.write_text(str(os.getpid()))
 
 
-def _is_at_work(group: int) -> bool:
-    """Whether a process of a group still runs, or waits for the disk."""
+def _at_work(group: int) -> Iterator[bytes]:
+    """Yield the command of each process of a group that still runs, or waits for the disk."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, its_group, *_ = path.read_text().rpartition(")")[2].split()
             if its_group == str(group) and state != "Z":
-                return True
-    return False
+                yield path.with_name("cmdline").read_bytes()
 
 
 def main() -> None:

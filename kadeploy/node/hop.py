@@ -1,22 +1,25 @@
-"""One hop of a broadcast: `python3 -m kadeploy.node.hop ADDRESS SPOOL WRITER...`.
+"""One hop of a broadcast: `python3 -m kadeploy.node.hop ADDRESS ANSWER device PATH SHA256`, or
+`... ADDRESS ANSWER command SPOOL WRITER...`.
 
 Prints where it listens, reads rank and job from standard input, takes part; exit code 0 when this
-node has all of it and its writer ended well.  Then it feeds others for a while, and leaves: a slow
-node must not keep it from going on.  Needs trio, msgpack and xxhash, which the deployment
-environment has.
+node has all of it and has verified it.  Then it feeds others for a while, and leaves: a slow node
+must not keep it from going on.  What it answers goes into the file ANSWER; a writer writes its own.
+Needs trio, msgpack and xxhash, which the deployment environment has.
 """
 
 from __future__ import annotations
 
 import base64
+import json
 import math
 import sys
+from pathlib import Path
 
 import trio
 
 from common import log
 from common.broadcast.job import decode_job
-from common.broadcast.stream_sink import CommandSink
+from common.broadcast.stream_sink import CommandSink, DeviceSink
 from common.broadcast.transfer import Progress, run_node
 from common.errors import KaError
 from common.sockets import listen
@@ -26,7 +29,7 @@ LINGER_S = 10.0
 """Who gets the data from here is seldom further behind; if so, another holder feeds it."""
 
 
-class _Sink(CommandSink):
+class _Command(CommandSink):
     """Knows whether its command has verified everything."""
 
     verified = False
@@ -35,6 +38,35 @@ class _Sink(CommandSink):
         wrong = super().verify()
         self.verified = not wrong
         return wrong
+
+
+class _Device(DeviceSink):
+    """Says how much was there before, when it has verified everything."""
+
+    verified = False
+
+    def __init__(self, path: str, sha256: str, answer: Path) -> None:
+        super().__init__(path, sha256)
+        self._answer = answer
+
+    def verify(self) -> list[int]:
+        wrong = super().verify()
+        if not wrong:
+            said = {
+                "ok": True,
+                "size": self.size,
+                "content_size": self.content_size,
+                "there_size": self.there_size,
+                "verified": "read-back",
+            }
+            self._answer.write_text(json.dumps(said))
+            self.verified = True
+        return wrong
+
+
+def _sink(words: list[str]) -> _Command | _Device:
+    answer, kind, place, *rest = words
+    return _Device(place, rest[0], Path(answer)) if kind == "device" else _Command(rest, place)
 
 
 def main() -> int:
@@ -46,7 +78,7 @@ def main() -> int:
     if not word:
         return 1
     job = decode_job(base64.b64decode(word))
-    sink = _Sink(sys.argv[3:], sys.argv[2])
+    sink = _sink(sys.argv[2:])
 
     async def take_part() -> int:
         with trio.CancelScope() as scope:

@@ -149,7 +149,7 @@ def _program_failed(process: subprocess.Popen[bytes], said: bytes) -> KaError:
 
 
 def _drop_cache(descriptor: int) -> None:
-    os.fsync(descriptor)
+    """Let a file that was flushed be read from the disk."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
@@ -169,6 +169,7 @@ def _write_raw(order: WriteImage, stream: IO[bytes], device: str) -> dict[str, A
                     raise KaError(Code.ENOSPC, f"the image is larger than the disk's {limit} bytes")
                 _write_all(disk, data)
                 written.update(data)
+        devices.flush(disk.fileno(), device)
         _drop_cache(disk.fileno())
         disk.seek(0)
         there = hashlib.blake2b()
@@ -211,6 +212,7 @@ def _write_partclone(order: WriteImage, stream: IO[bytes], device: str) -> dict[
     if order.filesystem == "ntfs":
         _copy_boot_sector(device)
     with open(device, "rb") as disk:
+        devices.flush(disk.fileno(), device)
         _drop_cache(disk.fileno())
     name = f"partclone.{_partclone_kind(order.filesystem)}"
     words = [name, "--clone", "--source", device, "--output", "-", "--logfile", "/dev/null"]
@@ -309,7 +311,11 @@ def _write_tar(order: WriteImage, stream: IO[bytes], directory: Path) -> dict[st
     reader.start()
     words = [*_TAR, f"--directory={directory}"]
     size = 0
-    with os.fdopen(write_end, "wb") as copy, _unpacked(order, stream) as unpacked:
+    with (
+        devices.flushed(directory),
+        os.fdopen(write_end, "wb") as copy,
+        _unpacked(order, stream) as unpacked,
+    ):
         assert unpacked is not None
         with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as tar:
             assert tar.stdin is not None

@@ -112,7 +112,7 @@ def text(field: bytes) -> str:
 
 def number(field: bytes) -> int:
     """Return a decimal field; raises FrameError."""
-    if not 0 < len(field) <= 20 or not field.lstrip(b"-").isdigit():
+    if not 0 < len(field) <= 20 or not field.removeprefix(b"-").isdigit():
         raise FrameError(f"not a number: {field[:20]!r}")
     return int(field)
 

@@ -16,22 +16,17 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
+from common import storage
 from common.checksum import Buffer
 
 __all__ = ["Disk"]
 
-_FALLOC_KEEP_SIZE = 1
-_FALLOC_PUNCH_HOLE = 2
 _IOVECS_MAX = 1024  # IOV_MAX of Linux
 
 # A call that covers 2 MiB of the file makes the page cache take huge pages: in a virtual machine
 # they are those that were given back to the host, and cost four times as much to fill.
 _CALL_SIZE_MAX = 1 << 20
 _ZEROS = bytes(1 << 20)
-
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_fallocate.restype = ctypes.c_int
 
 _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
 _sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
@@ -84,22 +79,14 @@ class Disk:
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Make a range inside the file read as zeros; gives its space back where possible."""
-        try:
-            self._fallocate(fd, _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE, offset, length)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        if not storage.punch(fd, offset, length):
             end = min(offset + length, os.fstat(fd).st_size)
             while offset < end:
                 offset += os.pwrite(fd, _ZEROS[: end - offset], offset)
 
     def allocate(self, fd: int, offset: int, length: int) -> None:
         """Reserve space so that writing there cannot run out of it; the size stays."""
-        try:
-            self._fallocate(fd, _FALLOC_KEEP_SIZE, offset, length)
-        except OSError as error:
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+        storage.allocate(fd, offset, length)
 
     def start_writeback(self, fd: int, offset: int, length: int) -> None:
         """Let the kernel begin to write a range to the disk; a hint, so failure is no matter."""
@@ -136,9 +123,3 @@ class Disk:
             if error.errno != errno.ENXIO:
                 raise
             return offset
-
-    def _fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
-        while _fallocate(fd, mode, offset, length):
-            number = ctypes.get_errno()
-            if number != errno.EINTR:
-                raise OSError(number, os.strerror(number))

@@ -91,20 +91,26 @@ async def test_what_a_command_prints_goes_into_commands(tmp_path: Path) -> None:
         assert (tmp_path / f"out{rank}").read_bytes() == (tmp_path / "source").read_bytes()
 
 
-async def test_a_device_is_written_holes_included(tmp_path: Path) -> None:
+async def test_holes_do_not_travel_and_are_emptied_on_a_device(tmp_path: Path) -> None:
+    size = 9 * CHUNK_SIZE + 3
     with (tmp_path / "source").open("wb") as file:
-        file.seek(3 * CHUNK_SIZE)
+        file.write(b"start")
+        file.seek(9 * CHUNK_SIZE)
         file.write(b"end")
-    (tmp_path / "device").write_bytes(b"\xff" * (4 * CHUNK_SIZE))
-    source = Source(str(tmp_path / "source"), sparse=False)
+    device = tmp_path / "device"
+    device.write_bytes(b"\xff" * (10 * CHUNK_SIZE))
+    sent = []
     summary = await Party(shape(Kind.CHAIN, 1)).run(
-        source, {1: DeviceSink(str(tmp_path / "device"))}
+        tmp_path / "source",
+        {1: DeviceSink(str(device))},
+        on_progress=lambda progress: sent.append(progress.sent_size),
     )
     assert summary.exit_code == 0
-    written = (tmp_path / "device").read_bytes()
-    size = 3 * CHUNK_SIZE + 3
+    written = device.read_bytes()
     assert written[:size] == (tmp_path / "source").read_bytes()
-    assert written[size:] == b"\xff" * (4 * CHUNK_SIZE - size)
+    assert written[size:] == b"\xff" * (10 * CHUNK_SIZE - size)
+    assert max(sent) < CHUNK_SIZE
+    assert device.stat().st_blocks * 512 < 3 * CHUNK_SIZE
 
 
 async def test_holes_do_not_travel_and_stay_holes(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import trio
 from trio.testing import MockClock
 
 from common.errors import KaError
-from kadeploy.head import Head
+from kadeploy import views
+from kadeploy.head import Head, Report
+from kadeploy.steps import MicroStep
 from kadeploy.store import Store
 from kadeploy.workflow import Deployment, Status
 from tests.support.deploy_mock import MockNodes, name_of, workflow
@@ -188,6 +191,26 @@ async def test_nodes_that_are_cancelled_end_while_the_others_go_on(
         last = store.history(number, "pc002")[-1]
         assert (last.ok, last.reason) == (False, "cancelled")
         assert {node.status for node in nodes if not node.reason} == {Status.DEPLOYED}
+
+
+async def test_what_a_step_that_went_well_says_is_in_the_history(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    class Talkers(MockNodes):
+        async def run(self, step: MicroStep, nodes: Sequence[str], report: Report) -> None:
+            for node in nodes:
+                report(node, "", "1GiB of 4GiB were there already" if step.action == "send" else "")
+
+    with Store.open(tmp_path / "store.db") as store:
+        number = begin(store, 1)
+        deployment = Deployment(workflow(STEP_S), store.nodes(number))
+        await Head(store, number, deployment, Talkers(STEP_S)).run()
+        (node,) = store.nodes(number)
+        assert (node.status, node.reason) == (Status.DEPLOYED, "")
+        lines = [views.try_line(row) for row in store.history(number)]
+        (said,) = [line for line in lines if "already" in line]
+        assert "send-0 try 1 done in" in said
+        assert said.endswith(" s: 1GiB of 4GiB were there already")
 
 
 def test_a_node_is_in_the_hands_of_one_head_at_a_time(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import trio
 
 from common.errors import Code, KaError
 from karun.api import Run
-from karun.engine import Command
+from karun.orders import Command
 from tests.support.karun import Collect
 from tests.support.volumes import until
 

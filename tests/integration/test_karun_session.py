@@ -15,31 +15,10 @@ import pytest
 
 from karun import client
 from karun.agent import frames
+from tests.support.karun import Shell, is_running, resident_size
 from tests.support.running import wait_until
 
 NODE_COUNT = 12
-
-
-class Shell:
-    """The command line, with a runtime directory of its own."""
-
-    def __init__(self, runtime: Path) -> None:
-        self.runtime = runtime
-        top = str(Path(__file__).parents[2])
-        self.env = os.environ | {"XDG_RUNTIME_DIR": str(runtime), "PYTHONPATH": top}
-
-    def __call__(self, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(self.command(*words), input=stdin, capture_output=True, timeout=60,
-                              env=self.env, check=False)  # fmt: skip
-
-    def start(self, *words: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            self.command(*words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=self.env
-        )
-
-    @staticmethod
-    def command(*words: str) -> list[str]:
-        return [sys.executable, "-m", "karun.entry", *words]
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +135,7 @@ def test_options_may_stand_before_the_session(karun: Shell) -> None:
 
 def test_what_a_session_cannot_do_is_one_line(karun: Shell) -> None:
     found = karun("run", "--session", "default", "--via", "ssh", "true")
-    line = b"karun: with --session: -w, options of output and of the command only\n"
+    line = b"karun: --via does not go with --session (of its nodes -w chooses some)\n"
     assert (found.returncode, found.stderr) == (2, line)
     found = karun("run", "--session", "default", "--nonsense", "true")
     line = b"karun: No such option '--nonsense'. See `karun run --help`.\n"
@@ -209,15 +188,3 @@ def test_an_interruption_prints_what_was_gathered_and_names_the_rest(karun: Shel
     assert user.returncode == 130
     assert out.splitlines()[-1] == b"out"
     assert err == b"karun: n1: no result\n"
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def resident_size(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) << 10

@@ -7,10 +7,12 @@ test is about.
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 __all__ = ["make_initrd", "pack", "unpack", "unpack_kernel"]
@@ -59,9 +61,9 @@ ip addr add $ip/${mask:-24} dev $interface
 
 def unpack_kernel(cache: Path) -> Path:
     """Return the directory of an unpacked kernel package, downloaded if need be."""
-    kept = sorted(cache.glob("linux-image-*/complete"))
+    kept = sorted(cache.glob("linux-image-*"))
     if kept:
-        return kept[-1].parent
+        return kept[-1]
     depends = subprocess.run(
         ["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=True
     )
@@ -76,16 +78,22 @@ def unpack(cache: Path, *packages: str) -> Path:
     What is unpacked starts no service, and is gone with the directory.
     """
     directory = cache / packages[0]
-    complete = directory / "complete"
-    if not complete.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        command = ["apt-get", "-q", "-y", "-o", "APT::Sandbox::User=root", "download", *packages]
-        subprocess.run(command, cwd=directory, check=True, capture_output=True, timeout=300)
-        for package in directory.glob("*.deb"):
-            subprocess.run(["dpkg", "-x", package, directory], check=True, timeout=120)
-            package.unlink()
-        complete.touch()
+    # Another worker may want it, too: one downloads, and whoever comes later finds it whole.
+    with open(cache / "lock", "ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as name:
+                _download(Path(name), *packages)
+                os.rename(Path(name) / "tree", directory)
     return directory
+
+
+def _download(place: Path, *packages: str) -> None:
+    """Unpack packages into `place`/tree."""
+    command = ["apt-get", "-q", "-y", "-o", "APT::Sandbox::User=root", "download", *packages]
+    subprocess.run(command, cwd=place, check=True, capture_output=True, timeout=300)
+    for package in place.glob("*.deb"):
+        subprocess.run(["dpkg", "-x", package, place / "tree"], check=True, timeout=120)
 
 
 def make_initrd(kernel: Path) -> bytes:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -16,7 +17,7 @@ from kadeploy.links import SshLink, SshOptions
 from kadeploy.orders import WriteImage
 from tests.support.loop_disk import Node
 
-__all__ = ["send"]
+__all__ = ["Sent", "send", "sending"]
 
 ADDRESS = "127.0.0.1"
 
@@ -48,21 +49,32 @@ class _LocalLink(SshLink):
                 await process.wait()
 
 
+class Sent(NamedTuple):
+    """What a broadcast came to, by node where it says."""
+
+    reports: dict[str, str]
+    """What went wrong; "": nothing."""
+    notes: dict[str, str]
+    size: int
+    """Bytes of the image that left the head."""
+
+
 def send(image: Path, orders: Mapping[str, WriteImage], directory: Path) -> dict[str, str]:
     """Broadcast an image as the head does; return what was reported of each node ("": good)."""
-    reports: dict[str, str] = {}
+    return trio.run(sending, image, orders, directory).reports
 
-    def report(name: str, fault: str) -> None:
-        reports[name] = fault
 
-    async def go() -> None:
-        receivers = {}
-        for name, order in orders.items():
-            own = directory / name
-            own.mkdir(exist_ok=True)
-            receivers[name] = Receiver(name, _LocalLink(name, own), order, ADDRESS)
-        with trio.fail_after(120):
-            await broadcast(image, receivers, ADDRESS, report)
+async def sending(image: Path, orders: Mapping[str, WriteImage], directory: Path) -> Sent:
+    """Broadcast an image as the head does."""
+    sent = Sent({}, {}, 0)
 
-    trio.run(go)
-    return reports
+    def report(name: str, fault: str, note: str = "", /) -> None:
+        sent.reports[name], sent.notes[name] = fault, note
+
+    receivers = {}
+    for name, order in orders.items():
+        own = directory / name
+        own.mkdir(exist_ok=True)
+        receivers[name] = Receiver(name, _LocalLink(name, own), order, ADDRESS)
+    with trio.fail_after(120):
+        return sent._replace(size=await broadcast(image, receivers, ADDRESS, report))

@@ -56,13 +56,15 @@ class Group:
     receivers: list[Receiver] = field(default_factory=list)
     seconds: float = 0.0
     datagram_count: int = 0
+    complete_s: dict[int, float] = field(default_factory=dict)
+    """By rank: when it had everything."""
     nack_count: int = 0
     """That reached the source."""
 
     def run(self) -> Group:
         """Run the pass; afterwards `receivers` have what they have."""
         rng = random.Random(self.seed)
-        tree = build(Shape(Kind.MULTICAST, (self.receiver_count,))).trees[0]
+        parents = build(Shape(Kind.MULTICAST, (self.receiver_count,))).control.parents
         everything = (1 << self.manifest.chunk_count) - 1
         common = everything
         for rank in range(1, self.receiver_count + 1):
@@ -71,19 +73,17 @@ class Group:
         sender = Sender(self.manifest, self.receiver_count, self.options, chunks=chunks)
         self.sender = sender
         self.receivers = [
-            Receiver(
-                rank, tree, self.manifest, self.options, have=self.have.get(rank, 0), chunks=chunks
-            )
+            Receiver(self.manifest, self.options, have=self.have.get(rank, 0))
             for rank in range(1, self.receiver_count + 1)
         ]
         self._buffers: list[dict[int, bytearray]] = [{} for _ in self.receivers]
         codec = DatagramCodec(self.manifest.transfer_id, TOKEN)
-        nacks: list[tuple[float, SendNack]] = []
+        nacks: list[tuple[float, int, SendNack]] = []
         now, budget = 0.0, 0.0
         sender.start(now)
         for receiver in self.receivers:
             receiver.start(now)
-        while not (sender.finished and all(receiver.over for receiver in self.receivers)):
+        while not sender.finished:
             found = sender.next_datagram(now)
             if found is not None:
                 self.datagram_count += found.kind is DatagramKind.DATA
@@ -99,20 +99,20 @@ class Group:
                             self._arrive(rank, datagram, now, rng)
                 else:
                     budget += len(whole)
-            for receiver in self.receivers:
+            for rank, receiver in enumerate(self.receivers, 1):
                 if now >= receiver.wake_s and not receiver.over:
                     for action in receiver.tick(now):
                         if isinstance(action, SendNack):
-                            nacks.append((now + NACK_S, action))
+                            nacks.append((now + NACK_S, parents[rank], action))
                         else:
-                            self._buffers[self.receivers.index(receiver)].pop(action.chunk, None)
+                            self._buffers[rank - 1].pop(action.chunk, None)
             while nacks and nacks[0][0] <= now:
-                _, nack = nacks.pop(0)
-                if nack.peer == SOURCE:
+                _, peer, nack = nacks.pop(0)
+                if peer == SOURCE:
                     self.nack_count += 1
                     sender.nack_received(nack.message, now)
                 else:
-                    self.receivers[nack.peer - 1].nack_received(nack.message, now)
+                    self.receivers[peer - 1].nack_received(nack.message, now)
             times = [receiver.wake_s for receiver in self.receivers if not receiver.over]
             times += [nack[0] for nack in nacks[:1]]
             times += [sender.wake_s] if not sender.finished else []
@@ -138,6 +138,8 @@ class Group:
                 case Complete():
                     intact = self.manifest.verify(action.chunk, buffers.pop(action.chunk))
                     receiver.chunk_checked(action.chunk, intact, now)
+                    if receiver.have.bit_count() == self.manifest.chunk_count:
+                        self.complete_s[rank] = now
                 case Discard():
                     buffers.pop(action.chunk, None)
 

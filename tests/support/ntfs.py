@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kadeploy.node.devices import wait_until_free
 from tests.support.loop_disk import PATH, run
 
 __all__ = ["descriptor", "is_clean", "make_golden", "mounted", "picture"]
@@ -34,6 +35,7 @@ def mounted(device: str, directory: Path, *options: str) -> Iterator[Path]:
         yield point
     finally:
         run("umount", point)
+        wait_until_free(device)
 
 
 def descriptor(*entries: tuple[int, str]) -> bytes:

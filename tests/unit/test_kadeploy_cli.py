@@ -64,6 +64,18 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert "Example: kadeploy" in result.output
 
 
+@pytest.mark.parametrize(("compression", "count"), [("zstd", 1), ("none", 0)])
+def test_a_check_says_which_images_begin_again_when_they_are_cut_off(
+    site: Path, compression: str, count: int
+) -> None:
+    kind = f"kind: raw, compression: {compression}"
+    text = deploy.LINUX.replace("kind: tar, compression: zstd", kind)
+    (site / "env.yaml").write_text(text)
+    said = call(site, "env", "check", str(site / "env.yaml"))
+    assert said.exit_code == 0
+    assert said.stdout.count("note: debian.tar.zst is compressed") == count
+
+
 def test_an_environment_is_added_listed_shown_and_checked(site: Path) -> None:
     path = str(site / "env.yaml")
     assert call(site, "env", "check", path).exit_code == 0

@@ -62,7 +62,7 @@ def test_a_frame_is_these_very_bytes() -> None:
     )
 
 
-@pytest.mark.parametrize("field", [b"", b"x", b"1" * 21, b"0x1", b"1.5"])
+@pytest.mark.parametrize("field", [b"", b"x", b"1" * 21, b"0x1", b"1.5", b"--1"])
 def test_what_is_no_number_is_a_frame_error(field: bytes) -> None:
     with pytest.raises(frames.FrameError):
         frames.number(field)

@@ -105,7 +105,7 @@ def test_racks_and_uplink_change_the_prediction(karun: Karun) -> None:
         (["-w", "n1", "--size", "1", "--chunk-size", "0"], 2, "chunk size"),
         (["-w", "n1", "--size", "1GiB", "--chunk-size", "1KiB"], 2, "chunk size"),
         (["-w", "n1", "--size", "5TiB"], 2, "4TiB"),
-        (["-w", "n1", "--size", "1", "--topology", "multicast"], 2, "--multicast"),
+        (["-w", "n1", "--size", "1", "--topology", "chain", "--multicast"], 2, "--multicast"),
         (["--size", "1"], 2, "-w"),
     ],
 )

@@ -7,10 +7,14 @@ import re
 
 import pytest
 
+from common.broadcast.datagram import DatagramCodec, DatagramKind
+from common.broadcast.group import group_of
+from common.broadcast.wire import HOP, PassOver
 from common.framing import Kind, encode_frame
-from tests.support.protocol_tables import PROTOCOL, TABLES, between
+from tests.support.protocol_tables import BROADCAST, PROTOCOL, TABLES, between
 
 TEXT = PROTOCOL.read_text()
+TRANSFER, TOKEN = bytes(range(16)), bytes(range(32))
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -30,10 +34,28 @@ def test_limits_are_those_of_the_code() -> None:
         assert float(number) * scale == actual, f"{name} is {actual}, the document says {value}"
 
 
+def worked(name: str, text: str) -> bytes:
+    """Return the bytes of an example."""
+    (block,) = re.findall(rf"```{name}\n(.*?)```", text, re.DOTALL)
+    return bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
+
+
 def test_the_worked_frame_is_a_frame() -> None:
-    (block,) = re.findall(r"```frame\n(.*?)```", TEXT, re.DOTALL)
-    data = bytes.fromhex("".join(line.split("  ")[0] for line in block.splitlines()))
-    assert data == encode_frame(Kind.REQUEST, 7, b"body", 3) + b"abc"
+    assert worked("frame", TEXT) == encode_frame(Kind.REQUEST, 7, b"body", 3) + b"abc"
+
+
+def test_the_worked_datagram_is_one_of_its_group() -> None:
+    text = BROADCAST.read_text()
+    header = DatagramCodec(TRANSFER, TOKEN).header(DatagramKind.DATA, 3, 1, b"abc")
+    assert worked("datagram", text) == header + b"abc"
+    address, port = group_of(TRANSFER)
+    assert f"group\n{address}, port {port}:" in text
+
+
+def test_the_worked_end_of_a_pass_is_one() -> None:
+    body = worked("pass over", BROADCAST.read_text())
+    assert body == HOP.encode(PassOver(TRANSFER))
+    assert HOP.decode(body) == PassOver(TRANSFER)
 
 
 @pytest.mark.parametrize("anchor", ["frames", "handshake", "messages"])
