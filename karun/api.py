@@ -15,7 +15,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,10 @@ class Run(Crew):
     @property
     def onehost(self) -> bool:
         return self.connector.onehost
+
+    @property
+    def came_s(self) -> Mapping[int, float]:
+        return self.engine.latecomers.came_s
 
     async def launched(self) -> None:
         """Wait until every node is there or given up."""

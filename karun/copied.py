@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from common.broadcast.topology import Kind
 from common.errors import Code, KaError
 from karun.naming import Folding
 
-__all__ = ["Copied", "CopyOptions", "Step", "exit_code", "racks_of", "report"]
+__all__ = ["Copied", "CopyOptions", "Step", "exit_code", "racks_of", "report", "with_latecomers"]
 
 ALL, NONE, SOME = 0, 1, 2
 
@@ -35,6 +36,8 @@ class CopyOptions:
     """Where nodes reach this machine.  Empty: the address from which it reaches them."""
     command: str = ""
     """A line for the node's shell, whose standard input takes what comes: no destination then."""
+    sudo: bool = False
+    """On the nodes as root, by `sudo -n`."""
     ride_size_max: int | None = None
     """Files of no more bytes in all go by the connections of the run.  None: as is sensible."""
 
@@ -66,6 +69,18 @@ class Step:
     """Bytes that all nodes together have."""
     sent_size: int = 0
     """Bytes that have left this machine."""
+
+
+def with_latecomers(results: Iterable[Copied], came_s: Mapping[int, float]) -> list[Copied]:
+    """Return the results with a note of who came late; *came_s*: by rank, after how long."""
+    return [_noted(result, came_s.get(result.rank)) for result in results]
+
+
+def _noted(result: Copied, seconds: float | None) -> Copied:
+    if seconds is None:
+        return result
+    note = f"was reached only after {seconds:.0f} s"
+    return dataclasses.replace(result, note=f"{note}; {result.note}" if result.note else note)
 
 
 def exit_code(results: Iterable[Copied]) -> int:

@@ -16,6 +16,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 
 from karun import reasons
 from karun.agent import frames
@@ -27,6 +28,7 @@ from karun.agent.setup import AUTO, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
+from karun.latecomers import AGAIN_S, Latecomers
 from karun.orders import TIMEOUT, Command, Commands, Invocation, Sink
 from karun.pmi import MISSED
 from karun.roster import Roster, State
@@ -57,6 +59,8 @@ class Limits:
     """Whether nodes call nodes: AUTO, ALWAYS, NEVER."""
     reattach_s: float = 10.0
     """How long a node that lost its parent looks for another way to the head."""
+    late_s: float = 0.0
+    """From the launch: how long a node that cannot be reached is called again."""
 
 
 class _World:
@@ -82,6 +86,8 @@ class Engine:
         self._commands = Commands()
         self._worlds: dict[int, _World] = {}
         self._failures: dict[int, tuple[str, str]] = {}
+        self.latecomers = Latecomers(limits.late_s)
+        self._launched_s = monotonic()
         self.launched: Callable[[], None] = _nothing
         self.closed = False
         setup = Setup(
@@ -109,6 +115,8 @@ class Engine:
     def launch(self) -> None:
         """Begin to call every node."""
         self._hub.dialer.take(list(enumerate(self.nodes)))
+        if self._limits.late_s:
+            self.loop.at(self._limits.late_s, self._end_patience)
 
     @property
     def quiet(self) -> bool:
@@ -230,6 +238,7 @@ class Engine:
         for order in orders:
             self._hub.send(rank, frames.ORDER, order)
         if first:
+            self.latecomers.attached(rank, monotonic() - self._launched_s)
             self._check_launched()
 
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
@@ -303,7 +312,19 @@ class Engine:
         if self.roster.states[rank] is not State.ABSENT:
             return
         code = os.waitstatus_to_exitcode(status) if status >= 0 else None
-        self._fail(rank, reason.partition(":")[0], reasons.explain(reason, words, code))
+        stage, text = reason.partition(":")[0], reasons.explain(reason, words, code)
+        if reasons.may_pass(reason, words) and self.latecomers.missed(rank, stage, text):
+            self.loop.at(AGAIN_S, lambda: self._call_again(rank))
+        else:
+            self._fail(rank, stage, text)
+
+    def _call_again(self, rank: int) -> None:
+        if self.roster.states[rank] is State.ABSENT:
+            self._hub.dialer.take([(rank, self.nodes[rank])])
+
+    def _end_patience(self) -> None:
+        for rank, stage, reason in self.latecomers.end():
+            self._fail(rank, stage, reason)
 
     def _fail(self, rank: int, stage: str, reason: str) -> None:
         self.roster.fail(rank)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["explain"]
+__all__ = ["explain", "may_pass", "refusal"]
 
 LINE_SIZE_MAX = 200
 
@@ -34,6 +34,12 @@ _KNOWN = (
     ("Bad configuration option", "bad option in the ssh configuration"),
     ("Can't open user config file", "the ssh configuration cannot be read"),
 )
+_LASTING = (
+    "REMOTE HOST IDENTIFICATION HAS CHANGED", "Host key verification failed",
+    "no matching host key type", "UNPROTECTED PRIVATE KEY FILE", "invalid format",
+    "error in libcrypto", "Permission denied (", "Too many authentication failures",
+    "No such identity", "Bad configuration option", "Can't open user config file",
+)  # fmt: skip
 _UNPRINTABLE = re.compile(r"[^\x20-\x7e\xa0-\U0010ffff]+")
 
 
@@ -54,6 +60,23 @@ def explain(reason: str, words: bytes, exit_code: int | None) -> str:
     if what == "connector ended" and exit_code is not None:
         return f"the connector ended with code {exit_code}"
     return _clean(what) or "failed"
+
+
+def may_pass(reason: str, words: bytes) -> bool:
+    """Return whether a node that could not be reached for this may be reached later."""
+    text = words.decode("utf-8", "replace")
+    return reason.startswith("connect:") and not any(sign in text for sign in _LASTING)
+
+
+def refusal(words: str) -> str:
+    """Return why sudo did not do it, if that is what these words, the last that came, are about."""
+    if words.endswith("sudo: command not found"):
+        return "no sudo on the node: install it, or log in as root"
+    if not words.startswith("sudo: "):
+        return ""
+    if "password is required" in words:
+        return "sudo asks for a password: allow it without one (NOPASSWD), or log in as root"
+    return words[:LINE_SIZE_MAX]
 
 
 def _clean(line: str) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import trio
 
-from common import nodeset
 from common.errors import Code, KaError
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
@@ -56,6 +55,7 @@ class Where:
     fanout: int
     tree: str
     connect_s: float
+    late_s: float = 0.0
 
     def names(self) -> list[str]:
         """Return the nodes; raises KaError USAGE."""
@@ -82,7 +82,9 @@ class Where:
 
     def run(self, names: list[str]) -> api.Run:
         """Return the run over these nodes, not yet entered."""
-        limits = Limits(window=self.fanout, connect_s=self.connect_s, tree=self.tree)
+        limits = Limits(
+            window=self.fanout, connect_s=self.connect_s, tree=self.tree, late_s=self.late_s
+        )
         return api.Run(names, self.connector(names), limits=limits)
 
     def crew(self) -> Crew:
@@ -90,7 +92,9 @@ class Where:
         return self.run(self.names())
 
     def windows(self, names: list[str]) -> WindowsNodes:
-        """Return these nodes as what they are with `--via windows`."""
+        """Return these nodes as what they are with `--via windows`; raises KaError USAGE."""
+        if self.late_s:
+            raise KaError(Code.USAGE, "--late does not go with --via windows: copy again instead")
         return WindowsNodes(
             names, user=self.user, ssh_config=self.ssh_config, connect_s=self.connect_s,
             options=() if self.no_fast_ssh else fast_key_exchange(self.ssh_config, names[0]),
@@ -104,12 +108,11 @@ class InSession:
 
     session: str
     nodes: tuple[str, ...]
-    """None: all."""
+    """What -w says; if it is not said, all are meant."""
 
     def crew(self) -> Crew:
         """Return these nodes, not yet joined; raises KaError USAGE."""
-        chosen = nodeset.expand(",".join(self.nodes)) if self.nodes else ()
-        return api.Joined(self.session, chosen)
+        return api.Joined(self.session, nodes.select(self.nodes) if self.nodes else None)
 
 
 def main(where: Where, options: Options) -> int:
@@ -117,8 +120,8 @@ def main(where: Where, options: Options) -> int:
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
     on_windows = where.via == WINDOWS
-    if on_windows and (options.mpi or options.sudo):
-        raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
+    if on_windows and options.mpi:
+        raise KaError(Code.USAGE, "--mpi is not for Windows nodes")
     run = where.windows(names) if on_windows else where.run(names)
     with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
@@ -185,6 +188,7 @@ async def _command(
         cwd=options.cwd,
         env=options.settings(),
         limit_s=options.limit_s,
+        sudo=options.sudo,
     )
 
 

@@ -53,6 +53,7 @@ from common.broadcast.wire import (
     Leave,
     Nack,
     PassOver,
+    Promote,
     Refuse,
     Report,
     Want,
@@ -138,6 +139,7 @@ class Hop:
             Report: self._report,
             Finish: self._finish,
             Nack: self._nack,
+            Promote: self._promote,
             PassOver: self._pass_over,
         }
 
@@ -153,7 +155,9 @@ class Hop:
 
     def message_received(self, peer: int, message: Message, now: float) -> list[Action]:
         """Take a message; raises KaError PROTOCOL for one that is not for this transfer."""
-        self._check(peer, message)
+        if type(message) not in self._handlers:
+            raise KaError(Code.PROTOCOL, "a chunk without its payload, or no message of hops")
+        self.node.check(peer, message)
         self._enter(now)
         self.node.heard_s[peer] = now
         if not self.finished:
@@ -164,7 +168,7 @@ class Hop:
 
     def chunk_begins(self, peer: int, chunk: int, now: float) -> list[Action]:
         """The first bytes of a chunk have come; `chunk_received` or `chunk_broke_off` follows."""
-        self._check_chunk(chunk)
+        self.node.check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
         fit = self.ups[index].is_parent(peer) and peer not in self._damaged
@@ -180,7 +184,7 @@ class Hop:
 
     def chunk_received(self, peer: int, chunk: int, intact: bool, now: float) -> list[Action]:
         """Take a chunk; *intact*: its sum is that of the manifest."""
-        self._check_chunk(chunk)
+        self.node.check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
         node.coming &= ~(1 << chunk)
@@ -196,7 +200,9 @@ class Hop:
             self._take_damaged(peer, chunk, now)
         elif node.have >> chunk & 1:
             self.duplicate_count += 1
-            if up.is_parent(peer) and chunk not in self._unwritten:
+            if up.is_parent(peer) and chunk in self._unwritten:
+                self._unwritten[chunk] = peer  # who waits for the ack now
+            elif up.is_parent(peer):
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)
@@ -319,25 +325,6 @@ class Hop:
             self._progress_s = now
         self._now = now
 
-    def _check(self, peer: int, message: Message) -> None:
-        if message.transfer != self.node.transfer:
-            raise KaError(Code.PROTOCOL, "a message of another transfer", peer=peer)
-        if not 0 <= peer < self.node.topology.rank_count or peer == self.node.rank:
-            raise KaError(Code.PROTOCOL, "a neighbour that is not in the plan", peer=peer)
-        tree = getattr(message, "tree", 0)
-        if not 0 <= tree <= self.node.control_index:
-            raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
-        if type(message) not in self._handlers:
-            raise KaError(Code.PROTOCOL, "a chunk without its payload, or no message of hops")
-        if type(message) is Refuse and message.instead >= self.node.topology.rank_count:
-            raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
-        if type(message) is Ack:
-            self._check_chunk(message.chunk)
-
-    def _check_chunk(self, chunk: int) -> None:
-        if not 0 <= chunk < self.node.chunk_count:
-            raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk)
-
     # ------------------------------------------------------------ messages
 
     def _attach(self, peer: int, message: Attach, now: float) -> None:
@@ -376,8 +363,18 @@ class Hop:
         self.downs[message.tree].left(peer, message, now)
 
     def _demote(self, peer: int, message: Demote, now: float) -> None:
-        if self.ups[message.tree].is_parent(peer):
+        up = self.ups[message.tree]
+        if up.is_parent(peer):
             self._release(message.reason, now)
+            up.demoted(message.instead, now)
+
+    def _promote(self, peer: int, message: Promote, now: float) -> None:
+        up = self.ups[message.tree]
+        if up.may_take(message.place):
+            self.downs[message.tree].make_room(message.place, now)
+            up.promoted(peer, message.place, now)
+        else:
+            up.decline(peer, "has a place")
 
     def _report(self, peer: int, message: Report, now: float) -> None:
         if self.node.ledger.merge(message):

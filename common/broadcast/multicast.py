@@ -10,8 +10,9 @@ children lack with its own for `hold_s` and sends the union (aggregation); which
 is not said again for `repeat_s`, but how many receivers lack some is (suppression).
 
 Invariants
-  * what fewer than `repair_share` of the receivers lack is left to the hops, and what fewer than
-    `loss_quorum` lose does not count as loss: one bad receiver costs the others nothing;
+  * what one receiver alone lacks is sent again when the others have had all, what fewer than
+    `repair_share` lack is left to the hops, and what fewer than `loss_quorum` lose does not count
+    as loss: one bad receiver costs the others nothing;
   * the source sends no more than its rate, which falls with loss and recovers slowly, and repeats
     no more than `repeat_share` of the data;
   * a receiver holds at most `partial_count_max` incomplete chunks; older ones are left to the hops.
@@ -90,7 +91,7 @@ class MulticastOptions:
     settle_s: float = 1.0
     """The pass is over when for this long nobody has asked for anything."""
     ask_count_max: int = 3
-    """What was not repaired after so many requests is left to the hops."""
+    """What was not repaired after so many requests, when all was sent, is left to the hops."""
     partial_count_max: int = 256
 
     def __post_init__(self) -> None:
@@ -201,7 +202,6 @@ class Sender:
         self._fresh = chunkset.indexes(chunks)
         self._chunk, self._piece, self._piece_count = -1, 0, 0
         self._receiver_count = receiver_count
-        self._votes_min = max(1.0, options.repair_share * receiver_count)
         self._votes: dict[int, tuple[float, _Gap]] = {}
         """Of chunks that too few lack as yet: since when, and what."""
         self._repairs: dict[int, int] = {}
@@ -262,7 +262,7 @@ class Sender:
             if now - began_s > fresh_s:  # the same few ask again
                 began_s, votes = now, _NO_GAP
             votes = votes.joined(gap)
-            if votes.receivers < self._votes_min:
+            if votes.receivers < self._votes_needed():
                 self._votes[chunk] = began_s, votes
                 continue
             pending = self._repairs.get(chunk, 0)
@@ -272,6 +272,10 @@ class Sender:
                 self._repairs[chunk] = pending | votes.pieces
                 if self._all_sent:
                     self.wake_s = min(self.wake_s, now)
+
+    def _votes_needed(self) -> float:
+        few = min(2, self._receiver_count) if self._chunk >= 0 else 1
+        return max(few, self._options.repair_share * self._receiver_count)
 
     def _advance(self) -> None:
         """Go to the next chunk."""
@@ -351,6 +355,7 @@ class Receiver:
         """Chunks whose sums are being checked."""
         self._front = 0
         """Chunks before this one should be there, or their gaps are known."""
+        self._all_sent = False
         self._first = -1
         """Chunks before this one were sent before this node listened: they are not asked for."""
         self._touched_s: dict[int, float] = {}
@@ -372,6 +377,9 @@ class Receiver:
             self.over = True
         elif datagram.kind is DatagramKind.SENT:
             self._heard_of(self._chunk_count)
+            if not self._all_sent:  # whoever lacked something alone is only heard now
+                self._all_sent = True
+                self._own_asked = {one: (at, 1) for one, (at, _) in self._own_asked.items()}
         elif chunk < self._chunk_count and piece < self._pieces.count(chunk):
             self._heard_of(chunk)
             return self._take(chunk, piece, len(datagram.payload), now)
@@ -460,7 +468,7 @@ class Receiver:
             asked_s, count = self._own_asked.get(chunk, (-1e9, 0))
             if now - asked_s < options.repeat_s:
                 continue
-            if count >= options.ask_count_max:
+            if self._all_sent and count >= options.ask_count_max:
                 actions.append(self._give_up(chunk))
                 continue
             found.append(chunk)

@@ -8,16 +8,19 @@ all of them; the shell carries them out in order.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.broadcast import chunkset
 from common.broadcast.outcome import Ledger, Summary
 from common.broadcast.topology import SOURCE, Topology, Tree
+from common.broadcast.wire import Ack
 from common.errors import Code, KaError
 from common.messages import Message
 
 __all__ = [
+    "END",
     "Action",
     "Disconnect",
     "Finished",
@@ -28,6 +31,10 @@ __all__ = [
     "VerifySink",
     "WriteChunk",
 ]
+
+
+END = -1
+"""The place behind all others in a tree, of those that feed nobody there: anybody may feed them."""
 
 
 class Send(NamedTuple):
@@ -173,8 +180,33 @@ class Node:
         """False: slow, or failed; it feeds nobody."""
         self.ledger = Ledger(topology.shape.receiver_count, chunk_count)
         self.actions: list[Action] = []
+        self.places = [rank] * (self.control_index + 1)
+        """By tree: the rank whose place this node has, or `END`."""
+        self.fed: list[Collection[int]] = [()] * (self.control_index + 1)
+        """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
+
+    def check(self, peer: int, message: Message) -> None:
+        """Raise KaError PROTOCOL for what is not of this transfer, or names what is not there."""
+        if message.transfer != self.transfer:
+            raise KaError(Code.PROTOCOL, "a message of another transfer", peer=peer)
+        if not 0 <= peer < self.topology.rank_count or peer == self.rank:
+            raise KaError(Code.PROTOCOL, "a neighbour that is not in the plan", peer=peer)
+        tree = getattr(message, "tree", 0)
+        if not 0 <= tree <= self.control_index:
+            raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
+        if getattr(message, "instead", 0) >= self.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
+        if not END <= getattr(message, "place", 0) < self.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a place that is not in the plan", peer=peer)
+        if type(message) is Ack:
+            self.check_chunk(message.chunk)
+
+    def check_chunk(self, chunk: int) -> None:
+        """Raise KaError PROTOCOL for a chunk that does not exist."""
+        if not 0 <= chunk < self.chunk_count:
+            raise KaError(Code.PROTOCOL, "a chunk that does not exist", chunk=chunk)
 
     def tree(self, index: int) -> Tree:
         trees = self.topology.trees
@@ -190,10 +222,12 @@ class Node:
     def have_count(self, index: int) -> int:
         return (self.have & self.mask(index)).bit_count()
 
-    def is_before(self, index: int, other: int) -> bool:
-        """Return whether *other* is ahead of this node in a tree: it may feed it."""
-        positions = self.tree(index).positions
-        return positions[other] < positions[self.rank]
+    def position(self, index: int, place: int) -> int:
+        """Return where a place is in a tree: whoever is ahead may feed who is behind."""
+        return self.topology.rank_count if place == END else self.tree(index).positions[place]
+
+    def own_position(self, index: int) -> int:
+        return self.position(index, self.places[index])
 
     def is_in_rack(self, other: int) -> bool:
         rack_of = self.topology.rack_of

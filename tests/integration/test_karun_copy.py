@@ -337,6 +337,36 @@ async def test_a_node_that_never_comes_is_one_of_those_without(tmp_path: Path) -
     check(tmp_path, names(3), data, "n1")
 
 
+def booting(node: str, until: Path) -> Connector:
+    """Local processes, of which one cannot be reached before a file is there."""
+    plain = local(api.connector("local").python)
+    refusal = "echo ssh: connect to host %h port 22: Connection refused >&2; exit 255"
+    script = f'[ %h = {node} ] && ! [ -e {until} ] && {{ {refusal}; }}; exec "$@"'
+    return Connector("local", ("sh", "-c", script, "sh"), False, plain.python, onehost=True)
+
+
+@pytest.mark.parametrize("options", [CopyOptions(), BROADCAST], ids=["riding", "broadcast"])
+async def test_a_node_that_boots_during_the_copy_is_called_again_and_gets_everything(
+    tmp_path: Path, options: CopyOptions
+) -> None:
+    data = random_file(tmp_path / "source", 200_000)
+    limits = Limits(late_s=60.0)
+    async with Run(names(3), booting("n2", tmp_path / "n3"), limits=limits) as run:
+        results = await run.copy([str(tmp_path / "source")], f"{tmp_path}/%h", options=options)
+    assert exit_code(results) == 0, reasons(results)
+    check(tmp_path, names(3), data)
+    assert [result.node for result in results if "reached only after" in result.note] == ["n2"]
+
+
+async def test_who_has_not_come_when_the_patience_is_over_is_named(tmp_path: Path) -> None:
+    data = random_file(tmp_path / "source", 200_000)
+    limits = Limits(late_s=3.0)
+    async with Run(names(3), booting("n1", tmp_path / "never"), limits=limits) as run:
+        results = await run.copy([str(tmp_path / "source")], f"{tmp_path}/%h", options=BROADCAST)
+    assert reasons(results) == {"n1": "connection refused (for 3 s)"}
+    check(tmp_path, names(3), data, "n1")
+
+
 # ------------------------------------------------------------ ssh, and many
 
 

@@ -56,6 +56,8 @@ class Group:
     receivers: list[Receiver] = field(default_factory=list)
     seconds: float = 0.0
     datagram_count: int = 0
+    complete_s: dict[int, float] = field(default_factory=dict)
+    """By rank: when it had everything."""
     nack_count: int = 0
     """That reached the source."""
 
@@ -136,6 +138,8 @@ class Group:
                 case Complete():
                     intact = self.manifest.verify(action.chunk, buffers.pop(action.chunk))
                     receiver.chunk_checked(action.chunk, intact, now)
+                    if receiver.have.bit_count() == self.manifest.chunk_count:
+                        self.complete_s[rank] = now
                 case Discard():
                     buffers.pop(action.chunk, None)
 

@@ -13,7 +13,7 @@ from common.errors import KaError
 from karun.agent import frames
 from karun.agent.place import SUM_SIZE, pack
 from karun.agent.target import STAGE_NAME, filled, resolve
-from karun.copied import Copied, exit_code, racks_of, report
+from karun.copied import Copied, exit_code, racks_of, report, with_latecomers
 from karun.nodes import Names
 
 
@@ -31,6 +31,13 @@ def test_a_report_has_one_line_for_each_reason_and_note() -> None:
     results = [result(0, "full"), result(1), result(2, "full"), result(3, note="slow")]
     assert report(results, Names(["n0", "n1", "n2", "n3"])) == ["n[0,2]: full", "n3: note: slow"]
     assert report([result(0)], Names(["n0"])) == []
+
+
+def test_who_came_late_is_noted_besides_what_else_is_said_of_it() -> None:
+    found = with_latecomers([result(0), result(1), result(2, note="slow")], {1: 7.2, 2: 8.0})
+    assert [one.note for one in found] == [
+        "", "was reached only after 7 s", "was reached only after 8 s; slow",
+    ]  # fmt: skip
 
 
 @given(st.sets(st.integers(0, 99), min_size=1), st.none() | st.integers(1, 30))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from common.errors import Code, KaError
 from karun import connectors, reasons
 from karun.feed import CHUNK_SIZE, FEED_SIZE_MAX, Feed
+from karun.latecomers import Latecomers
 
 CHANGED = b"""@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@
 @    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @
@@ -44,6 +45,39 @@ def test_a_reason_is_always_one_printable_line(reason: str, words: bytes, code: 
     assert line
     assert "\n" not in line
     assert all(character >= " " for character in line)
+
+
+@pytest.mark.parametrize(
+    ("reason", "words", "may_pass"),
+    [
+        ("connect:connector ended", b"ssh: connect to host n1 port 22: Connection refused", True),
+        ("connect:timeout", b"", True),
+        ("connect:connector ended", b"Could not resolve hostname n9", True),
+        ("connect:connector ended", b"System is booting up. Permission denied.", True),
+        ("connect:connector ended", b"root@n1: Permission denied (publickey).", False),
+        ("connect:connector ended", CHANGED, False),
+        ("agent:no Python 3.10", b"", False),
+    ],
+)
+def test_what_time_does_not_mend_is_not_waited_for(
+    reason: str, words: bytes, may_pass: bool
+) -> None:
+    assert reasons.may_pass(reason, words) is may_pass
+
+
+def test_who_is_not_reached_is_called_again_until_the_patience_is_over() -> None:
+    late = Latecomers(60.0)
+    assert late.missed(1, "connect", "refused")
+    assert late.missed(2, "connect", "refused")
+    late.attached(0, 0.5)
+    late.attached(2, 12.0)
+    assert late.came_s == {2: 12.0}
+    assert late.end() == [(1, "connect", "refused (for 60 s)")]
+    assert not late.missed(1, "connect", "refused")
+
+
+def test_without_patience_nobody_is_called_again() -> None:
+    assert not Latecomers(0.0).missed(1, "connect", "refused")
 
 
 def test_a_deadline_says_which() -> None:
@@ -101,3 +135,19 @@ def test_an_unknown_connector_is_a_usage_error() -> None:
     with pytest.raises(KaError) as caught:
         connectors.make("telnet", python="python")
     assert caught.value.code is Code.USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("sudo: a password is required", "sudo asks for a password: allow it without one"),
+        ("karun: sudo: command not found", "no sudo on the node"),
+        ("sudo: sorry, you must have a tty to run sudo", "sudo: sorry, you must have a tty"),
+        ("cannot write /sudo: a password is required", ""),
+        ("", ""),
+    ],
+)
+def test_what_sudo_says_is_told_from_what_others_say(words: str, reason: str) -> None:
+    found = reasons.refusal(words)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)

@@ -73,6 +73,16 @@ def test_one_receiver_that_hears_little_costs_the_others_nothing() -> None:
     assert [index for index, count in enumerate(found.lacking, 1) if count] == [7]
 
 
+@pytest.mark.parametrize("receivers", [3, 6, 40])
+def test_one_bad_receiver_of_few_is_helped_when_the_others_have_everything(receivers: int) -> None:
+    data, manifest = image(8 << 20, 1 << 16)
+    losses = {1: 0.05}
+    found = Group(data, manifest, receivers, OPTIONS, loss=lambda rank: losses.get(rank, 0.0)).run()
+    assert max(found.complete_s[rank] for rank in range(2, receivers + 1)) < 1.1 * len(data) / RATE
+    assert found.lacking[0] < manifest.chunk_count / 20
+    assert found.sender.rate == RATE
+
+
 def test_where_nothing_arrives_the_pass_ends_all_the_same() -> None:
     found = group(10, loss=lambda rank: 1.0)
     assert found.lacking == [MANIFEST.chunk_count] * 10
