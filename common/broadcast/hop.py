@@ -198,7 +198,9 @@ class Hop:
             self._take_damaged(peer, chunk, now)
         elif node.have >> chunk & 1:
             self.duplicate_count += 1
-            if up.is_parent(peer) and chunk not in self._unwritten:
+            if chunk in self._unwritten:
+                self._unwritten[chunk] = peer  # who hears of it when the sink has it
+            elif up.is_parent(peer):
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)

@@ -110,6 +110,16 @@ def test_a_child_whose_pass_is_over_first_is_fed_what_there_is() -> None:
     assert made.downs[DATA].children.keys() == {3}
 
 
+def test_a_chunk_that_comes_both_ways_is_acknowledged_to_who_sent_it() -> None:
+    made = relay()
+    made.pass_over(1.0)
+    made.message_received(1, Accept(ID, DATA, 2, 0), 1.0)
+    made.message_received(1, Accept(ID, DATA, 1, 0), 1.0)
+    made.chunk_heard(4, 1.1)
+    assert not said(made.chunk_received(1, 4, True, 1.2), Ack)
+    assert said(made.sink_wrote(4, 1.3), Ack) == [(1, Ack(ID, 4))]
+
+
 def test_a_chunk_that_is_heard_twice_or_after_the_end_is_dropped() -> None:
     made = relay()
     assert made.chunk_heard(4, 1.0) == [WriteChunk(4)]
