@@ -24,6 +24,7 @@ MODULES = (
     "kadeploy/environment.py",
     "kadeploy/nodes.py",
     "kadeploy/orders.py",
+    "kadeploy/partitions.py",
     "kadeploy/node/*.py",
 )
 _MAIN = b"from kadeploy.node.__main__ import main\n\nmain()\n"

@@ -22,6 +22,7 @@ __all__ = [
     "ExistingPartition",
     "Facts",
     "facts_from_json",
+    "partition_number",
     "partition_path",
     "select_disk",
 ]
@@ -75,6 +76,11 @@ class Facts:
 def partition_path(disk: str, number: int) -> str:
     """Return what the kernel calls a partition: sda1, nvme0n1p1."""
     return f"{disk}p{number}" if disk[-1:].isdigit() else f"{disk}{number}"
+
+
+def partition_number(disk: str, path: str) -> int:
+    """Return the number of a partition that the kernel calls *path*."""
+    return int(path.removeprefix(partition_path(disk, 0)[:-1]))
 
 
 def facts_from_json(content: Mapping[str, Any]) -> Facts:

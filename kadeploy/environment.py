@@ -197,6 +197,8 @@ class Image:
     """What it takes when unpacked; 0: not told, so not checked."""
     index: int = 1
     """Of the image in a WIM."""
+    grow: Filesystem | None = None
+    """What the image brings, and is to fill the partition; of a disk, the last partition's."""
 
     @property
     def begins_again(self) -> bool:
@@ -216,6 +218,10 @@ class Image:
             raise ValueError(f"image {self.file}: a WIM brings its own compression")
         if self.index < 1:
             raise ValueError(f"image {self.file}: index counts from 1")
+        if self.grow is not None and self.kind not in (ImageKind.RAW, ImageKind.PARTCLONE):
+            raise ValueError(f"image {self.file}: a {self.kind.value} fills its partition anyway")
+        if self.grow in (Filesystem.VFAT, Filesystem.SWAP):
+            raise ValueError(f"image {self.file}: grow takes ext4, xfs, btrfs or ntfs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,6 +340,12 @@ class Environment:
                 continue
             if image.partition not in parts:
                 raise ValueError(f"image {image.file}: no partition {image.partition!r}")
+            there = parts[image.partition].format
+            if image.grow is not None and there not in (None, image.grow):
+                raise ValueError(
+                    f"image {image.file}: grow says {image.grow.value}, partition"
+                    f" {image.partition} has format {there.value if there else ''}"
+                )
             formats = {ImageKind.TAR: None, ImageKind.WIM: Filesystem.NTFS}
             if image.kind in formats:
                 made = parts[image.partition].format

@@ -20,6 +20,7 @@ from common.errors import Code, KaError
 __all__ = [
     "TOKEN_PATH",
     "Customize",
+    "Fit",
     "Format",
     "HiveEdit",
     "HiveValue",
@@ -93,6 +94,18 @@ class WriteImage:
     def in_place(self) -> bool:
         """Whether the stream's bytes are the disk's: then the disk shows what has come of it."""
         return self.kind == "raw" and self.compression == "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Fit what an image has brought to its place.
+
+    Of a whole disk: the partition table; of GPT the copy goes to the disk's end.
+    """
+
+    place: Place
+    filesystem: str
+    """What is to fill its place, and the last partition with it; empty: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,11 +198,12 @@ class Start:
     command_line: str = ""
 
 
-Order = Partition | Format | WriteImage | Customize | InstallBoot | Start
+Order = Partition | Format | WriteImage | Fit | Customize | InstallBoot | Start
 _ORDERS: dict[str, type[Order]] = {
     "partition": Partition,
     "format": Format,
     "write-image": WriteImage,
+    "fit": Fit,
     "customize": Customize,
     "install-boot": InstallBoot,
     "start": Start,

@@ -2,7 +2,8 @@
 
 Pure.  The head computes every sector itself, so that a plan is what will be, to the byte, and the
 same description makes the same table on equal disks, identifiers included: those are derived from
-environment, node and serial, unless the description gives them.
+environment, node and serial, unless the description gives them.  A table that an image has brought
+is the node's to read; how far its last partition can grow is decided here, too.
 
 Invariants
   * starts are multiples of 1 MiB (which suits 512-byte and 4 KiB sectors, RAID and flash);
@@ -17,10 +18,18 @@ from dataclasses import dataclass
 
 from common.errors import Code, KaError
 from common.sizes import format_size
-from kadeploy.disks import Disk, partition_path
+from kadeploy.disks import Disk, partition_number, partition_path
 from kadeploy.environment import MIB, DiskSpec, Filesystem, Label, PartitionSpec, PartitionType
 
-__all__ = ["DiskLayout", "Placed", "lay_out", "render_sfdisk", "size_needed"]
+__all__ = [
+    "DiskLayout",
+    "Grown",
+    "Placed",
+    "grow_last",
+    "lay_out",
+    "render_sfdisk",
+    "size_needed",
+]
 
 PRIMARY_COUNT_MAX = 4
 LOGICAL_FIRST = 5
@@ -38,6 +47,8 @@ _GPT_TYPES = {
     PartitionType.RECOVERY: "DE94BBA4-06D1-4D40-A16A-BFD50179D6AC",
     PartitionType.LVM: "E6D6D379-F507-44C2-A23C-238F2A3DF928",
 }
+_EXTENDED = ("5", "F", "85")
+_PROTECTIVE = "EE"
 _MBR_TYPES = {
     PartitionType.LINUX: "83",
     PartitionType.SWAP: "82",
@@ -92,9 +103,7 @@ def lay_out(spec: DiskSpec, disk: Disk, identity: str) -> DiskLayout:
     disk_id = spec.disk_id or _disk_id(spec.label, identity)
     if not spec.partitions:
         return DiskLayout(spec, disk, "", ())
-    end = disk.size // MIB * MIB - (MIB if spec.label is Label.GPT else 0)
-    if spec.label is Label.MBR and end > MBR_SECTOR_COUNT_MAX * disk.sector_size:
-        end = MBR_SECTOR_COUNT_MAX * disk.sector_size // MIB * MIB
+    end = _end(spec.label, disk)
     primaries = _primary_count(spec)
     placed: list[Placed] = []
     position = MIB
@@ -116,6 +125,42 @@ def lay_out(spec: DiskSpec, disk: Disk, identity: str) -> DiskLayout:
         placed.append(_place(spec, part, disk, number, position, size, disk_id, identity))
         position += size
     return DiskLayout(spec, disk, disk_id, tuple(placed))
+
+
+def _end(label: Label, disk: Disk) -> int:
+    """Return where partitions end at the latest."""
+    if label is Label.GPT:
+        return disk.size // MIB * MIB - MIB
+    return min(disk.size, MBR_SECTOR_COUNT_MAX * disk.sector_size) // MIB * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Grown:
+    """A disk's last partition, and what it becomes when it takes the rest."""
+
+    number: int
+    start: int
+    size: int
+    new_size: int
+
+
+def grow_last(disk: Disk) -> Grown:
+    """Return how a disk's last partition fills it; never smaller.  Raises USAGE if it cannot."""
+    if not disk.partitions:
+        raise KaError(Code.USAGE, f"{disk.path}: the image has brought no partition to grow")
+    last = max(disk.partitions, key=lambda one: one.start)
+    label = Label.GPT if disk.label == "gpt" else Label.MBR
+    number = partition_number(disk.path, last.path)
+    if label is Label.MBR and last.type == _PROTECTIVE:
+        raise KaError(
+            Code.USAGE, f"{disk.path}: the image's table is for disks with sectors of another size"
+        )
+    if label is Label.MBR and (number >= LOGICAL_FIRST or last.type in _EXTENDED):
+        raise KaError(
+            Code.USAGE, f"{last.path}: the last partition is a logical one, and cannot be grown"
+        )
+    room = _end(label, disk) - last.start
+    return Grown(number, last.start, last.size, max(last.size, room))
 
 
 def _place(

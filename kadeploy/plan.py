@@ -9,7 +9,7 @@ Not here: reading files and asking nodes (deploying.py), what the times of steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from common.errors import Code, KaError
@@ -29,6 +29,7 @@ from kadeploy.nodes import Nodes, NodeSpec
 from kadeploy.orders import (
     TOKEN_PATH,
     Customize,
+    Fit,
     Format,
     InstallBoot,
     MountPoint,
@@ -104,7 +105,7 @@ def make_plan(
             prepare.append(Partition(_whole(layout), script))
     prepare += _formats(layouts, _brought(environment))
     images = [_image_job(image, layouts) for image in environment.images()]
-    finish: list[Order] = []
+    finish: list[Order] = [*_fits(images)]
     # The default's boot entry is made last: so it comes first in the firmware's order.
     for system in sorted(environment.systems, key=lambda one: one is environment.default_system):
         finish += _finish(environment, system, node, nodes, layouts, facts, read, token)
@@ -206,6 +207,13 @@ def _image_job(image: Image, layouts: Sequence[DiskLayout]) -> ImageJob:
             kind.value if kind is not None else "",
         ),
     )
+
+
+def _fits(jobs: Sequence[ImageJob]) -> Iterator[Fit]:
+    for job in jobs:
+        grow = job.image.grow
+        if grow is not None or job.image.disk is not None:
+            yield Fit(job.order.place, grow.value if grow is not None else "")
 
 
 def _mount(layout: DiskLayout, placed: Placed, path: str) -> MountPoint:

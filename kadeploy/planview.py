@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from common.sizes import format_size
-from kadeploy.disks import Disk
-from kadeploy.orders import Customize, InstallBoot, to_json
+from kadeploy.disks import Disk, partition_path
+from kadeploy.orders import Customize, Fit, InstallBoot, to_json
 from kadeploy.partitions import DiskLayout, render_sfdisk
 from kadeploy.plan import NodePlan
 
@@ -79,6 +79,8 @@ def describe(plan: NodePlan, *, script: bool = True) -> Iterator[str]:
             for edit in order.hives:
                 names = ", ".join(one.name for one in edit.values)
                 yield f"  registry {edit.path}: {edit.key}" + (f": {names}" if names else "")
+        if isinstance(order, Fit):
+            yield f"  {_fitting(order)}"
         if isinstance(order, InstallBoot):
             how = "GRUB" if order.grub else order.efi_path
             where = f" with a firmware entry {order.title!r}" if order.firmware == "uefi" else ""
@@ -89,6 +91,16 @@ def describe(plan: NodePlan, *, script: bool = True) -> Iterator[str]:
         f"  {format_size(plan.stored_size)} to send, {format_size(plan.written_size)} to write and"
         f" read back: about {plan.expected_s:.0f} s, and the reboots"
     )
+
+
+def _fitting(order: Fit) -> str:
+    place = order.place
+    if place.number:
+        path = partition_path(place.disk, place.number)
+        return f"grow {order.filesystem} to {format_size(place.size)}, all of {path}"
+    if order.filesystem:
+        return f"grow the last partition and its {order.filesystem} to the end of {place.disk}"
+    return f"move the copy of the table, if it is a GPT, to the end of {place.disk}"
 
 
 def _state(disk: Disk) -> str:

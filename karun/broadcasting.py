@@ -41,8 +41,10 @@ from karun.agent.heavy import HEAVY
 from karun.copied import Copied, CopyOptions, Step, racks_of
 from karun.crew import Crew
 from karun.feed import CHUNK_SIZE
+from karun.lines import STDERR, Lines
 from karun.node_copy import CONNECTION, INTERFACE, LOCAL, encode_job_frame
 from karun.orders import Invocation
+from karun.reasons import refusal
 from karun.results import printable
 
 if TYPE_CHECKING:
@@ -94,6 +96,9 @@ class Broadcast:
         self._done: set[int] = set()
         self._failures: dict[int, str] = {}
         self._notes: dict[int, str] = {}
+        self._printed = Lines()
+        self._refusals: dict[int, str] = {}
+        """What sudo said where, in case that it was a refusal."""
         self._heavy: archive.Archive | None = None
         self._is_heavy_sent = False
         self._begun_s = self._news_s = trio.current_time()
@@ -105,7 +110,8 @@ class Broadcast:
         self._heavy = await trio.to_thread.run_sync(archive.build_heavy)
         place = archive.xxhash_place() if self._crew.onehost else ""
         words = ["relay", self._heavy.digest, place, *self._words]
-        self._command = orders.command(Invocation(words, fed=True, task=True), self)
+        invocation = Invocation(words, fed=True, task=True, sudo=self._options.sudo)
+        self._command = orders.command(invocation, self)
         self._command.done = self._notice
         try:
             while wave := await self._assembled():
@@ -252,9 +258,8 @@ class Broadcast:
     # ------------------------------------------------------------ what the processes say (Sink)
 
     def output(self, rank: int, stream: int, data: bytes) -> None:
-        if stream == 2:
-            if self._on_output is not None:
-                self._on_output(rank, data)
+        if stream == STDERR:
+            self._print(rank, self._heard_sudo(rank, data) if self._options.sudo else data)
             return
         *lines, rest = (self._lines.pop(rank, b"") + data).split(b"\n")
         if len(rest) <= LINE_SIZE_MAX:
@@ -263,6 +268,21 @@ class Broadcast:
             self._heard(rank, line)
         self._news_s = trio.current_time()
         self._notice()
+
+    def _print(self, rank: int, data: bytes) -> None:
+        if data and self._on_output is not None:
+            self._on_output(rank, data)
+
+    def _heard_sudo(self, rank: int, data: bytes) -> bytes:
+        """Keep what sudo says; return the whole lines that others have written."""
+        others = []
+        for line in self._printed.feed(rank, STDERR, data):
+            words = refusal(line.decode("utf-8", "replace").rstrip("\n"))
+            if words:
+                self._refusals[rank] = printable(words)
+            else:
+                others.append(line)
+        return b"".join(others)
 
     def _heard(self, rank: int, line: bytes) -> None:
         if line == b"need" and not self._is_heavy_sent:
@@ -285,7 +305,8 @@ class Broadcast:
     def exited(self, rank: int, code: int, signal: int) -> None:
         how = f"was ended by signal {signal}" if signal else f"ended with {code}"
         if rank not in self._done and (code or signal or rank not in self._failures):
-            self._failures.setdefault(rank, f"its process {how}")
+            self._failures.setdefault(rank, self._refusals.get(rank, f"its process {how}"))
+        self._print(rank, self._printed.close(rank, STDERR))
         self._gone(rank)
 
     def failed(self, rank: int, _stage: str, reason: str) -> None:

@@ -22,7 +22,7 @@ from karun.cli_reboot import reboot
 from karun.cli_run import run
 from karun.cli_shell import shell
 from karun.cli_top import top
-from karun.cli_where import session_option, split, split_joined, where_options
+from karun.cli_where import session_option, split, split_joined, sudo_option, where_options
 from karun.client import DEFAULT
 from karun.copied import CopyOptions
 
@@ -50,6 +50,7 @@ def main() -> NoReturn:
 @karun.command(epilog="Example: karun copy -w node[1-200] image.tar /var/tmp/")
 @where_options
 @session_option
+@sudo_option
 @click.option("--command", default="", metavar="LINE",
               help="Feed it to this line for the node's shell, instead of a destination.")
 @click.option("--topology", type=click.Choice([kind.value for kind in Kind]),
@@ -97,6 +98,7 @@ def _copy_options(
     uplink: str | None,
     chunk_size: str | None,
     address: str,
+    sudo: bool,
 ) -> CopyOptions:
     return CopyOptions(
         topology=planning.kind_of(topology, multicast),
@@ -109,24 +111,28 @@ def _copy_options(
         uplink_rate=planning.parse_rate(uplink) if uplink else 0.0,
         address=address,
         command=command,
+        sudo=sudo,
     )
 
 
 @karun.command(epilog="Example: karun gather -w node[1-200] /var/log/syslog logs")
 @where_options
 @session_option
+@sudo_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each node.")
 @click.option("-q", "quiet", is_flag=True, help="Nothing but what went wrong.")
 @click.argument("source", metavar="SRC")
 @click.argument("directory", metavar="DIR")
-def gather(source: str, directory: str, as_json: bool, quiet: bool, **options: Any) -> None:
+def gather(
+    source: str, directory: str, as_json: bool, quiet: bool, sudo: bool, **options: Any
+) -> None:
     """Bring a file or directory of every node here, as DIR/<node>.
 
     `%h` in SRC is the node's name.  Exit code: 0 all nodes, 2 some, 1 none.
     """
     where, _rest = split_joined(options)
     form = moving.Form(as_json=as_json, quiet=quiet)
-    sys.exit(moving.gather(where, source, directory, form))
+    sys.exit(moving.gather(where, source, directory, form, sudo=sudo))
 
 
 @karun.group(epilog="Example: karun session start -w node[1-200], then karun run --session ...")

@@ -10,7 +10,7 @@ import click
 
 from common.errors import Code, KaError
 from karun import client, running
-from karun.cli_where import require_no_launch, session_option, split, where_options
+from karun.cli_where import require_no_launch, session_option, split, sudo_option, where_options
 from karun.options import Options
 
 __all__ = ["in_session", "run"]
@@ -48,7 +48,7 @@ class _Run(click.Command):
 @click.option("-q", "quiet", is_flag=True, help="No lines on exit codes.")
 @click.option("--cwd", default="", metavar="DIR", help="Run in this directory of the node.")
 @click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set in its environment.")
-@click.option("--sudo", is_flag=True, help="Run as root: sudo -n, which asks for no password.")
+@sudo_option
 @click.option("--pty", is_flag=True, help="Give the command a terminal.")
 @click.option("--mpi", is_flag=True, help="It is an MPI program, built with MPICH or its family.")
 @click.option("--ranks", type=click.IntRange(1, 4096), default=1, show_default=True, metavar="N",
@@ -70,8 +70,8 @@ def run(session: str | None, **options: Any) -> None:
     sys.exit(running.main(where, Options(**rest)))
 
 
-def in_session(words: Sequence[str]) -> tuple[str, Options]:
-    """Return nodes ("": all) and options of a command whose nodes are connected already.
+def in_session(words: Sequence[str]) -> tuple[str | None, Options]:
+    """Return nodes (None: all) and options of a command whose nodes are connected already.
 
     Raises KaError USAGE, also for an option that says how nodes are reached.
     """
@@ -83,4 +83,4 @@ def in_session(words: Sequence[str]) -> tuple[str, Options]:
     require_no_launch(context, ("mpi", "ranks"))
     where, rest = split(dict(context.params))
     del rest["session"]
-    return ",".join(where.nodes), Options(**rest)
+    return ",".join(where.nodes) if where.nodes else None, Options(**rest)

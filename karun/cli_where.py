@@ -13,10 +13,15 @@ from common.errors import Code, KaError
 from karun.connectors import TREES, VIAS, WINDOWS
 from karun.running import InSession, Where
 
-__all__ = ["require_no_launch", "session_option", "split", "split_joined", "where_options"]
+__all__ = [
+    "require_no_launch", "session_option", "split", "split_joined", "sudo_option", "where_options",
+]  # fmt: skip
 
 session_option = click.option(
-    "--session", metavar="NAME", help="On the nodes of a session, or those of -w; without a launch."
+    "--session", metavar="NAME", help="On the nodes of a session (karun session start); all, or -w."
+)
+sudo_option = click.option(
+    "--sudo", is_flag=True, help="On the nodes as root: sudo -n, which asks for no password."
 )
 _FOR_A_LAUNCH = frozenset(Where.__dataclass_fields__) - {"nodes"}
 

@@ -36,6 +36,8 @@ class CopyOptions:
     """Where nodes reach this machine.  Empty: the address from which it reaches them."""
     command: str = ""
     """A line for the node's shell, whose standard input takes what comes: no destination then."""
+    sudo: bool = False
+    """On the nodes as root, by `sudo -n`."""
     ride_size_max: int | None = None
     """Files of no more bytes in all go by the connections of the run.  None: as is sensible."""
 

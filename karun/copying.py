@@ -24,6 +24,7 @@ from karun.agent import place
 from karun.agent.process import CODE_NOT_FOUND
 from karun.copied import Copied, CopyOptions, Step, with_latecomers
 from karun.crew import Crew, Outcome
+from karun.reasons import refusal
 from karun.results import printable
 
 __all__ = ["RIDE_SIZE_MAX", "STDIN", "copy"]
@@ -68,7 +69,7 @@ async def copy(
     items = await trio.to_thread.run_sync(_look_at, sources)
     try:
         if _may_ride(crew, items, destination, options):
-            results = await _ride(crew, items, destination)
+            results = await _ride(crew, items, destination, sudo=options.sudo)
         else:
             sending = broadcasting.Broadcast(crew, destination, options, on_progress, on_output)
             results = await sending.send(items)
@@ -147,10 +148,10 @@ def _has_attributes(item: Item) -> bool:
         return False
 
 
-async def _ride(crew: Crew, items: Sequence[Item], destination: str) -> list[Copied]:
+async def _ride(crew: Crew, items: Sequence[Item], destination: str, *, sudo: bool) -> list[Copied]:
     parcel = await trio.to_thread.run_sync(_pack, items, destination)
     words = _Words()
-    outcomes = await crew.command(["place"], task=True, stdin=parcel, sink=words)
+    outcomes = await crew.command(["place"], task=True, sudo=sudo, stdin=parcel, sink=words)
     return [_judged(outcome, words.last(outcome.rank)) for outcome in outcomes]
 
 
@@ -200,7 +201,7 @@ def _judged(outcome: Outcome, words: str) -> Copied:
     elif outcome.signal:
         reason = f"was ended by signal {outcome.signal}"
     elif outcome.code == CODE_NOT_FOUND:
-        reason = words or "its agent cannot copy"
+        reason = refusal(words) or words or "its agent cannot copy"
     elif outcome.code:
-        reason = words or f"failed with code {outcome.code}"
+        reason = refusal(words) or words or f"failed with code {outcome.code}"
     return Copied(outcome.rank, outcome.node, reason)

@@ -91,6 +91,7 @@ class Crew(abc.ABC):
         limit_s: float = 0.0,
         started: Callable[[Command], None] | None = None,
         task: bool = False,
+        sudo: bool = False,
         place: tuple[int, int] | None = None,
     ) -> list[Outcome]:
         """Run a command on all nodes (or on *ranks*), and wait for its end on each.
@@ -100,6 +101,7 @@ class Crew(abc.ABC):
         pty: give it a terminal.  limit_s: TERM after so long, KILL two seconds later; 0: never.
         started: called with the `Command`, through which it can be signalled.
         task: the words are those of a task of the agent's own (karun/agent/task.py).
+        sudo: as root, by `sudo -n`, on nodes where the login is not root.
         place: it is part of an MPI program (karun/mpi.py).
         Cancelled: the command's processes are killed on every node.
         """
@@ -108,7 +110,7 @@ class Crew(abc.ABC):
         settings = [f"{name}={value}" for name, value in (env or {}).items()]
         invocation = Invocation(
             argv, line=line, pty=pty, cwd=cwd, env=settings, limit_s=limit_s,
-            fed=stdin is not None, task=task, place=place,
+            fed=stdin is not None, task=task, sudo=sudo, place=place,
         )  # fmt: skip
         command = orders.command(invocation, recorder, ranks=ranks)
         done = trio.Event()
@@ -155,15 +157,17 @@ class Crew(abc.ABC):
         source: str,
         directory: str,
         *,
+        sudo: bool = False,
         on_progress: Callable[[Step], None] | None = None,
     ) -> list[Copied]:
         """Bring a file or directory of every node to `directory/<node>`, verified.
 
-        source: on the node; `%h` is its name.  Raises KaError when *directory* cannot be written.
+        source: on the node; `%h` is its name.  sudo: it is read as root, by `sudo -n`.
+        Raises KaError when *directory* cannot be written.
         """
         from karun import gathering
 
-        return await gathering.gather(self, source, directory, on_progress=on_progress)
+        return await gathering.gather(self, source, directory, sudo=sudo, on_progress=on_progress)
 
 
 class Recorder:

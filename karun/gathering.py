@@ -29,6 +29,7 @@ from karun.copying import check_names
 from karun.crew import Crew
 from karun.feed import CHUNK_SIZE
 from karun.orders import Invocation
+from karun.reasons import refusal
 from karun.results import printable
 
 __all__ = ["gather"]
@@ -43,7 +44,12 @@ _LEFT_OUT = (EntryKind.CHARACTER, EntryKind.BLOCK)
 
 
 async def gather(
-    crew: Crew, source: str, directory: str, *, on_progress: Callable[[Step], None] | None
+    crew: Crew,
+    source: str,
+    directory: str,
+    *,
+    sudo: bool,
+    on_progress: Callable[[Step], None] | None,
 ) -> list[Copied]:
     """See `karun.crew.Crew.gather`."""
     check_names(crew.nodes)
@@ -52,7 +58,7 @@ async def gather(
     except OSError as error:
         raise _unwritable(directory, error) from None
     heavy = await trio.to_thread.run_sync(archive.build_heavy)
-    gathering = _Gathering(crew, directory, source, heavy, on_progress)
+    gathering = _Gathering(crew, directory, source, heavy, on_progress, sudo=sudo)
     try:
         return await gathering.run()
     finally:
@@ -69,11 +75,15 @@ class _Gathering:
         source: str,
         heavy: archive.Archive,
         on_progress: Callable[[Step], None] | None,
+        *,
+        sudo: bool,
     ) -> None:
         self._crew = crew
         self._directory = os.fsencode(os.path.abspath(directory))
         self._name = source
-        self._words = ["give", heavy.digest, source]
+        self._invocation = Invocation(
+            ["give", heavy.digest, source], fed=True, task=True, sudo=sudo
+        )
         self._heavy = heavy
         self._is_heavy_sent = False
         self._on_progress = on_progress
@@ -89,7 +99,7 @@ class _Gathering:
 
     async def run(self) -> list[Copied]:
         orders = self._crew.orders
-        self._command = orders.command(Invocation(self._words, fed=True, task=True), self)
+        self._command = orders.command(self._invocation, self)
         self._command.done = self._notice
         try:
             async with trio.open_nursery() as nursery:
@@ -166,7 +176,8 @@ class _Gathering:
         sums = self._sums.get(rank)
         if code or signal:
             how = f"was ended by signal {signal}" if signal else f"failed with code {code}"
-            self._finish(rank, printable(last) if last and code else how)
+            said = refusal(last) or printable(last)
+            self._finish(rank, said if last and code else how)
         elif sums is None or last != f"sum {sums.hexdigest()}":
             self._finish(rank, "what came is damaged or cut off")
         else:

@@ -67,12 +67,12 @@ def copy(
     return trio.run(_act, run, act, form)
 
 
-def gather(where: Where | InSession, source: str, directory: str, form: Form) -> int:
+def gather(where: Where | InSession, source: str, directory: str, form: Form, *, sudo: bool) -> int:
     """Gather; return the exit code.  Raises KaError for what is wrong with the directory."""
     run = where.crew()
 
     async def act(on_progress: OnStep) -> list[Copied]:
-        return await run.gather(source, directory, on_progress=on_progress)
+        return await run.gather(source, directory, sudo=sudo, on_progress=on_progress)
 
     return trio.run(_act, run, act, form)
 

@@ -82,9 +82,7 @@ class Options:
         """Return the command's words, and whether the only one is a line for a shell."""
         words = list(self.command)
         line = len(words) == 1 and any(character in words[0] for character in " \t\n;|&<>$`")
-        if self.sudo and line:
-            return ["sudo", "-n", "--", "sh", "-c", words[0]], False
-        return (["sudo", "-n", "--", *words] if self.sudo else words), line
+        return words, line
 
 
 @contextmanager

@@ -47,6 +47,8 @@ class Invocation:
     """Whether standard input comes."""
     task: bool = False
     """Whether the words are those of a task of the agent's own (karun/agent/task.py)."""
+    sudo: bool = False
+    """As root, by `sudo -n`, where the agent is not."""
     cwd: str = ""
     env: Sequence[str] = ()
     """NAME=VALUE."""
@@ -57,7 +59,7 @@ class Invocation:
 
     def fields(self) -> tuple[bytes | str | int, ...]:
         """Return it, but for its place, as the fields of a message."""
-        asked = {"s": self.line, "p": self.pty, "i": self.fed, "t": self.task}
+        asked = {"s": self.line, "p": self.pty, "i": self.fed, "t": self.task, "r": self.sudo}
         flags = "".join(flag for flag, is_asked in asked.items() if is_asked)
         argv, env = frames.pack(*self.argv), frames.pack(*self.env)
         return flags, int(self.limit_s * 1000), self.cwd, argv, env
@@ -71,7 +73,8 @@ class Invocation:
         return Invocation(
             [frames.text(word) for word in frames.unpack(argv)],
             line=b"s" in flags, pty=b"p" in flags, fed=b"i" in flags, task=b"t" in flags,
-            cwd=frames.text(cwd), env=[frames.text(setting) for setting in frames.unpack(env)],
+            sudo=b"r" in flags, cwd=frames.text(cwd),
+            env=[frames.text(setting) for setting in frames.unpack(env)],
             limit_s=frames.number(limit_ms) / 1000,
         )  # fmt: skip
 

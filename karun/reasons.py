@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["explain", "may_pass"]
+__all__ = ["explain", "may_pass", "refusal"]
 
 LINE_SIZE_MAX = 200
 
@@ -66,6 +66,17 @@ def may_pass(reason: str, words: bytes) -> bool:
     """Return whether a node that could not be reached for this may be reached later."""
     text = words.decode("utf-8", "replace")
     return reason.startswith("connect:") and not any(sign in text for sign in _LASTING)
+
+
+def refusal(words: str) -> str:
+    """Return why sudo did not do it, if that is what these words, the last that came, are about."""
+    if words.endswith("sudo: command not found"):
+        return "no sudo on the node: install it, or log in as root"
+    if not words.startswith("sudo: "):
+        return ""
+    if "password is required" in words:
+        return "sudo asks for a password: allow it without one (NOPASSWD), or log in as root"
+    return words[:LINE_SIZE_MAX]
 
 
 def _clean(line: str) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import trio
 
-from common import nodeset
 from common.errors import Code, KaError
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
@@ -109,12 +108,11 @@ class InSession:
 
     session: str
     nodes: tuple[str, ...]
-    """None: all."""
+    """What -w says; if it is not said, all are meant."""
 
     def crew(self) -> Crew:
         """Return these nodes, not yet joined; raises KaError USAGE."""
-        chosen = nodeset.expand(",".join(self.nodes)) if self.nodes else ()
-        return api.Joined(self.session, chosen)
+        return api.Joined(self.session, nodes.select(self.nodes) if self.nodes else None)
 
 
 def main(where: Where, options: Options) -> int:
@@ -122,8 +120,8 @@ def main(where: Where, options: Options) -> int:
     names = where.names()
     units = unit_names(names, options.ranks) if options.mpi else names
     on_windows = where.via == WINDOWS
-    if on_windows and (options.mpi or options.sudo):
-        raise KaError(Code.USAGE, "neither --mpi nor --sudo is for Windows nodes")
+    if on_windows and options.mpi:
+        raise KaError(Code.USAGE, "--mpi is not for Windows nodes")
     run = where.windows(names) if on_windows else where.run(names)
     with printing(options, nodes.Names(units), TERMINAL) as printer:
         try:
@@ -190,6 +188,7 @@ async def _command(
         cwd=options.cwd,
         env=options.settings(),
         limit_s=options.limit_s,
+        sudo=options.sudo,
     )
 
 

@@ -83,10 +83,11 @@ class WindowsNodes:
         cwd: str = "",
         env: Mapping[str, str] | None = None,
         limit_s: float = 0.0,
+        sudo: bool = False,
     ) -> list[Outcome]:
         """Run a program, or with *line* a line of PowerShell, on all nodes; as `Run.command`."""
-        if stdin is not None or pty:
-            what = "a terminal" if pty else "standard input: run it with -n"
+        if stdin is not None or pty or sudo:
+            what = "sudo" if sudo else "terminal" if pty else "standard input: run it with -n"
             raise KaError(Code.USAGE, f"commands on Windows nodes get no {what}")
         script = windows.run_script(argv, line=line, cwd=cwd, env=env or {})
         remote = windows.remote_command(script)
@@ -121,7 +122,7 @@ class WindowsNodes:
         if options not in (None, CopyOptions()):
             raise KaError(
                 Code.USAGE, "to Windows nodes files are copied one node at a time: "
-                "no --command, --topology, --link, --rate, --rack-size or --chunk-size",
+                "no --command, --topology, --link, --rate, --rack-size, --chunk-size or --sudo",
             )  # fmt: skip
         sums, size = await trio.to_thread.run_sync(_sums, sources, abandon_on_cancel=True)
         name = f".karun-{secrets.token_hex(8)}"

@@ -22,8 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import Code, KaError
-from kadeploy.node import devices, images, receiver, system
-from kadeploy.orders import Customize, Format, InstallBoot, Order, Partition, WriteImage, from_json
+from kadeploy.node import devices, fitting, images, receiver, system
+from kadeploy.orders import (
+    Customize,
+    Fit,
+    Format,
+    InstallBoot,
+    Order,
+    Partition,
+    WriteImage,
+    from_json,
+)
 
 ORDER_SIZE_MAX = 64 << 20
 END_S = 10.0
@@ -38,6 +47,8 @@ def _do(order: Order, root: Path) -> dict[str, Any]:
         system.partition(order)
     elif isinstance(order, Format):
         system.format_partition(order)
+    elif isinstance(order, Fit):
+        fitting.fit(order, root)
     elif isinstance(order, Customize):
         system.customize(order, root)
     elif isinstance(order, InstallBoot):

@@ -13,9 +13,10 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,33 @@ from common.storage import sync_file_system
 from kadeploy.disks import LSBLK_COLUMNS, partition_path
 from kadeploy.orders import MountPoint, Place
 
-__all__ = ["check", "facts", "flush", "flushed", "mounted", "opened", "run", "wait_until_free"]
+__all__ = [
+    "check",
+    "facts",
+    "filesystem_of",
+    "flush",
+    "flushed",
+    "mounted",
+    "opened",
+    "reread_table",
+    "run",
+    "wait_until_free",
+]
 
 OUTPUT_SIZE_MAX = 2000
 RELEASE_TIMEOUT_S = 30.0
 
 
-def run(words: Sequence[str], *, stdin: bytes = b"") -> str:
-    """Run a program; return what it printed; raises EIO with its last lines."""
+def run(words: Sequence[str], *, stdin: bytes = b"", good: Container[int] = (0,)) -> str:
+    """Run a program; return what it printed; raises EIO with its last lines.
+
+    *good*: exit codes that are no failure.
+    """
     try:
         done = subprocess.run(words, input=stdin, capture_output=True)
     except OSError as error:
         raise KaError(Code.EIO, f"{words[0]}: {error.strerror}") from None
-    if done.returncode != 0:
+    if done.returncode not in good:
         said = (done.stderr or done.stdout).decode(errors="replace").strip()[-OUTPUT_SIZE_MAX:]
         line = " / ".join(said.splitlines()[-3:])
         raise KaError(Code.EIO, f"{words[0]} failed ({done.returncode}): {line}")
@@ -80,6 +95,16 @@ def check(place: Place) -> None:
         )
 
 
+def reread_table(disk: str) -> None:
+    """Let the kernel see a disk's new partitions.
+
+    That it cannot is no fault: `opened` makes what is missing.
+    """
+    subprocess.run(["blockdev", "--rereadpt", disk], capture_output=True)
+    if shutil.which("udevadm"):
+        subprocess.run(["udevadm", "settle", "--timeout=20"], capture_output=True)
+
+
 @contextlib.contextmanager
 def opened(place: Place) -> Iterator[str]:
     """Yield the path of a device for *place*, checked."""
@@ -109,6 +134,13 @@ def _flush(device: str) -> None:
         flush(descriptor, device)
     finally:
         os.close(descriptor)
+
+
+def filesystem_of(path: str, offset: int = 0, size: int = 0) -> str:
+    """Return what a device, an image or a part of one holds; raises EIO if it cannot be read."""
+    part = [f"--offset={offset}", f"--size={size}"] if size else []
+    words = ["blkid", "--probe", "--match-tag", "TYPE", "--output", "value", *part, path]
+    return run(words, good=(0, 2)).strip() or "no file system"
 
 
 def flush(descriptor: int, name: str) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import glob
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -38,10 +37,7 @@ def partition(order: Partition) -> None:
     run(["wipefs", "--all", "--quiet", place.disk])
     words = ["sfdisk", "--quiet", "--wipe=always", "--wipe-partitions=always", "--no-tell-kernel"]
     run([*words, place.disk], stdin=order.script.encode())
-    # A kernel that cannot is no fault: devices.opened makes what is missing.
-    subprocess.run(["blockdev", "--rereadpt", place.disk], capture_output=True)
-    if shutil.which("udevadm"):
-        subprocess.run(["udevadm", "settle", "--timeout=20"], capture_output=True)
+    devices.reread_table(place.disk)
 
 
 def format_partition(order: Format) -> None:

@@ -3,6 +3,7 @@
 It reads from a pipe which process groups there are; when the pipe ends without a word, the agent
 is dead, and it kills them.  Only commands that live longer than GUARD_S are told to it, so short
 ones cost nothing.  (Wrapping each command in `setpriv --pdeathsig` costs more than the command.)
+What sudo has made root's is killed by sudo (karun/agent/rooted.py).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from .loop import Loop
 GUARD_S = 0.05
 _SCRIPT = (
     "p=; while read a b; do q=; for x in $p; do [ $x = $b ] || q=\"$q $x\"; done; p=$q; "
-    '[ $a = + ] && p="$p $b"; done; for x in $p; do kill -9 -$x; done 2>/dev/null'
+    '[ $a = + ] && p="$p $b"; done; for x in $p; do case $x in s*) x=${x#s}; kill -15 -$x; '
+    'sudo -n /bin/sh -c "kill -9 -$x";; *) kill -9 -$x;; esac; done 2>/dev/null'
 )
 
 
@@ -26,20 +28,20 @@ class Keeper:
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
         self._fd = -1
-        self._guarded: set[int] = set()
+        self._guarded: dict[int, bytes] = {}
 
-    def guard(self, group: int) -> None:
+    def guard(self, group: int, *, by_sudo: bool) -> None:
         """End this process group if the agent dies."""
         if self._fd < 0:
             self._start()
-        self._guarded.add(group)
-        self._say(b"+ %d\n" % group)
+        self._guarded[group] = name = b"s%d" % group if by_sudo else b"%d" % group
+        self._say(b"+ %s\n" % name)
 
     def release(self, group: int) -> None:
         """The group's leader has ended."""
-        if group in self._guarded:
-            self._guarded.discard(group)
-            self._say(b"- %d\n" % group)
+        name = self._guarded.pop(group, None)
+        if name is not None:
+            self._say(b"- %s\n" % name)
 
     def _start(self) -> None:
         theirs, self._fd = os.pipe()

@@ -298,10 +298,20 @@ class Agent:
         if place is not None:
             more, third = self._world().place(*place)
             env.update(more)
+        task, before = b"t" in flags, b""
+        by_sudo = b"r" in flags and os.geteuid() != 0
+        if by_sudo:
+            from . import rooted
+
+            if task:
+                argv, before = rooted.task_of(argv, env)
+            else:
+                argv = rooted.command(argv)
+            task = False
         process.start(
             argv, env, frames.text(cwd),
             pty=b"p" in flags, fed=b"i" in flags, limit_s=frames.number(limit_ms) / 1000,
-            task=b"t" in flags, third=third,
+            task=task, third=third, by_sudo=by_sudo, before=before,
         )  # fmt: skip
         if third >= 0:
             os.close(third)

@@ -36,9 +36,9 @@ class Process:
     """One running command."""
 
     __slots__ = (
-        "_awaited", "_exited", "_guarding", "_input", "_input_ended", "_input_fd", "_keeper",
-        "_loop", "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer", "consumed",
-        "pid",
+        "_awaited", "_by_sudo", "_exited", "_guarding", "_input", "_input_ended", "_input_fd",
+        "_keeper", "_loop", "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer",
+        "_uncounted", "consumed", "pid",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +53,7 @@ class Process:
         self._loop, self._keeper = loop, keeper
         self._awaited = False
         """Whether the loop has been asked to tell of its end."""
+        self._by_sudo = False
         self._guarding: Timer | None = None
         self._output, self._exited = output, exited
         self._outputs: dict[int, int] = {}
@@ -63,30 +64,42 @@ class Process:
         self._status = -1
         self._timed_out = False
         self._timer: Timer | None = None
+        self._uncounted = 0
+        """Of standard input, what is ours and not fed."""
         self.consumed: Callable[[int], None] = _ignore
         self.pid = 0
 
     def start(
         self, argv: list[str], env: dict[str, str], cwd: str,
         *, pty: bool, fed: bool, limit_s: float, task: bool = False, third: int = -1,
+        by_sudo: bool = False, before: bytes = b"",
     ) -> None:  # fmt: skip
         """Start *argv*, a command or a task of the agent's own (karun/agent/task.py).
 
         What prevents it is told as the shell does, with code 126 or 127.
         third: a descriptor that a command gets as its 3; it stays the caller's.
+        by_sudo: its processes are root's.
+        before: what standard input begins with, before what is fed.
         """
+        self._by_sudo = by_sudo
         try:
             if task:
                 self._fork(argv, env, cwd, fed=fed)
             else:
                 program = _find(argv[0], env.get("PATH", os.defpath), cwd)
-                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=fed, third=third)
+                is_fed = fed or bool(before)
+                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=is_fed, third=third)
         except OSError as error:
             self._output(2, f"karun: {error.filename or argv[0]}: {error.strerror}\n".encode())
             missing = isinstance(error, FileNotFoundError) and error.filename != cwd
             self._end_input()
             self._exited(CODE_NOT_FOUND if missing else CODE_NOT_STARTED, 0)
             return
+        if before:
+            self._uncounted = len(before)
+            self.write(before)
+            if not fed:
+                self.end_input()
         self._guarding = self._loop.at(GUARD_S, self._guard)
         if limit_s > 0:
             self._timer = self._loop.at(limit_s, self._out_of_time)
@@ -94,7 +107,7 @@ class Process:
     def write(self, data: bytes) -> None:
         """Feed its standard input; `consumed` is called as it takes it, or cannot."""
         if self._input_fd < 0:
-            self.consumed(len(data))
+            self._count(len(data))
             return
         self._input.append(data)
         if len(self._input) == 1:
@@ -108,8 +121,13 @@ class Process:
     def signal(self, number: int) -> None:
         if self._status < 0 and self.pid:
             try:
-                os.killpg(self.pid, number)
-            except (ProcessLookupError, PermissionError):
+                if self._by_sudo:
+                    from . import rooted
+
+                    rooted.signal(self._loop, self.pid, number)
+                else:
+                    os.killpg(self.pid, number)
+            except OSError:  # it has ended, or is another user's
                 pass
 
     def pause(self, paused: bool) -> None:
@@ -123,7 +141,7 @@ class Process:
                     self._loop.watch(fd, READ, self._reader(fd))
 
     def _guard(self) -> None:
-        self._keeper.guard(self.pid)
+        self._keeper.guard(self.pid, by_sudo=self._by_sudo)
         self._await()
 
     def _await(self) -> None:
@@ -248,7 +266,7 @@ class Process:
                     self._input[0] = self._input[0][count:]
                 else:
                     del self._input[0]
-                self.consumed(count)
+                self._count(count)
         except BlockingIOError:
             self._loop.watch(fd, WRITE, self._feed)
             return
@@ -266,7 +284,13 @@ class Process:
             self._input_fd = -1
         unread, self._input = self._input, []
         if unread:
-            self.consumed(sum(map(len, unread)))
+            self._count(sum(map(len, unread)))
+
+    def _count(self, size: int) -> None:
+        own_size = min(size, self._uncounted)
+        self._uncounted -= own_size
+        if size > own_size:
+            self.consumed(size - own_size)
 
     def _out_of_time(self) -> None:
         self._timed_out = True

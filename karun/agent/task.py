@@ -42,11 +42,18 @@ def fork(words: list[str], env: dict[str, str], ends: list[int], cwd: str) -> in
         os.environ.update(env)
         if cwd:
             os.chdir(cwd)
-        code = _main_of(words[0])(words[1:])
-    except Exception as error:
-        os.write(2, f"karun: {words[0]}: {error!r}\n".encode("utf-8", "backslashreplace"))
+        code = run(words)
     finally:
         os._exit(code)
+
+
+def run(words: list[str]) -> int:
+    """Do a task here; return the exit code, having said what went wrong."""
+    try:
+        return _main_of(words[0])(words[1:])
+    except Exception as error:
+        os.write(2, f"karun: {words[0]}: {error!r}\n".encode("utf-8", "backslashreplace"))
+        return CODE_BROKEN
 
 
 def _main_of(name: str) -> Callable[[list[str]], int]:
@@ -62,9 +69,11 @@ def _main_of(name: str) -> Callable[[list[str]], int]:
         from . import watch
 
         return watch.main
-    from . import heavy
+    if name == "relay":
+        from . import heavy
 
-    return heavy.relay
+        return heavy.relay
+    raise FileNotFoundError(2, "no such task", name)
 
 
 def _close_others() -> None:

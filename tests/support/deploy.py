@@ -64,6 +64,17 @@ systems:
 """
 
 
+WHOLE = f"""
+name: appliance
+version: 1
+disks: [{{name: system}}]
+systems:
+  - name: appliance
+    images: [{{file: disk.img, kind: raw, disk: system, checksum: "{SUM}", grow: ext4}}]
+    boot: {{loader: none}}
+"""
+
+
 def environment(text: str = LINUX) -> Environment:
     return descriptions.parse_environment(text, Path("env.yaml"))
 

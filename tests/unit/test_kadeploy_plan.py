@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,16 @@ from hypothesis import strategies as st
 
 from common.errors import Code, KaError
 from kadeploy import bootentries, orders, planview, postinstall
-from kadeploy.disks import facts_from_json, select_disk
+from kadeploy.disks import (
+    ExistingPartition,
+    facts_from_json,
+    partition_number,
+    partition_path,
+    select_disk,
+)
 from kadeploy.environment import MIB, DiskSpec, Label, PartitionSpec, PostStep
 from kadeploy.nodes import NodeDisk, NodeSpec
-from kadeploy.partitions import lay_out, render_sfdisk, size_needed
+from kadeploy.partitions import grow_last, lay_out, render_sfdisk, size_needed
 from kadeploy.plan import NodePlan, make_plan
 from tests.support import deploy
 
@@ -184,6 +191,60 @@ def test_what_does_not_fit_is_refused() -> None:
         lay_out(spec, deploy.facts().disks[0], "test")
 
 
+@given(layouts(), st.integers(0, 5000), st.integers(0, MIB))
+def test_the_last_partition_grows_to_where_a_new_one_would_end(
+    case: tuple[DiskSpec, int, int], more: int, odd: int
+) -> None:
+    """Of a table that was laid out for a smaller disk; never over another, never smaller."""
+    spec, sector, spare = case
+    parts = spec.partitions[:4]  # what follows is logical
+    spec = replace(spec, partitions=parts)
+    small = size_needed(spec) + spare * MIB
+    layout = lay_out(spec, deploy.facts(size=small, sector=sector).disks[0], "test")
+    there = tuple(
+        ExistingPartition(one.path, one.start, one.size, one.type, "", "", False)
+        for one in layout.partitions
+    )
+    label = "gpt" if spec.label is Label.GPT else "dos"
+    odd = odd // sector * sector
+    disk = replace(layout.disk, size=small + more * MIB + odd, label=label, partitions=there[::-1])
+    grown = grow_last(disk)
+    last = layout.partitions[-1]
+    assert (grown.number, grown.start, grown.size) == (last.number, last.start, last.size)
+    rest = replace(spec, partitions=(*parts[:-1], replace(parts[-1], size=None)))
+    assert grown.new_size == lay_out(rest, disk, "test").partitions[-1].size
+    assert grown.new_size >= grown.size
+    filled = replace(there[-1], size=grown.new_size)
+    again = grow_last(replace(disk, partitions=(*there[:-1], filled)))
+    assert again.new_size == again.size
+
+
+@pytest.mark.parametrize(
+    ("partitions", "said"),
+    [
+        ([], "brought no partition"),
+        ([(1, "EE")], "sectors of another size"),
+        ([(1, "83"), (2, "5")], "a logical one"),
+        ([(1, "83"), (2, "F"), (5, "83")], "a logical one"),
+    ],
+)
+def test_a_table_whose_last_partition_cannot_grow_is_refused(
+    partitions: list[tuple[int, str]], said: str
+) -> None:
+    there = tuple(
+        ExistingPartition(f"/dev/sda{number}", number * MIB, MIB, kind, "", "", False)
+        for number, kind in partitions
+    )
+    disk = replace(deploy.facts().disks[0], label="dos", partitions=there)
+    with pytest.raises(KaError, match=said):
+        grow_last(disk)
+
+
+def test_a_partition_is_told_by_its_number_whatever_the_disk_is_called() -> None:
+    for disk in ("/dev/sda", "/dev/nvme0n1", "/dev/loop17", "/dev/mmcblk0"):
+        assert partition_number(disk, partition_path(disk, 12)) == 12
+
+
 @pytest.mark.skipif(SFDISK is None, reason="no sfdisk")
 @pytest.mark.parametrize("label", Label)
 @pytest.mark.parametrize("count", [1, 4, 7])
@@ -230,8 +291,38 @@ def test_the_plan_says_what_goes_and_what_comes() -> None:
     json.dumps(planview.to_dict(plan()))
 
 
+def test_what_an_image_brings_is_fitted_to_its_place_and_the_plan_says_so() -> None:
+    for old, said in [
+        ("", "move the copy of the table, if it is a GPT, to the end of /dev/sda"),
+        (", grow: ext4", "grow the last partition and its ext4 to the end of /dev/sda"),
+    ]:
+        made = plan(deploy.WHOLE.replace(", grow: ext4", old))
+        assert f"  {said}\n" in "\n".join(planview.describe(made))
+    part = deploy.DUAL.replace(
+        f'debian.tar, kind: tar, checksum: "{deploy.SUM}"',
+        f'debian.img, kind: raw, checksum: "{deploy.SUM}", grow: ext4',
+    )
+    made = plan(part)
+    assert "  grow ext4 to 23.7GiB, all of /dev/sda4\n" in "\n".join(planview.describe(made))
+    assert isinstance(made.finish[0], orders.Fit)  # what is mounted later has its size by then
+    assert not any(isinstance(one, orders.Fit) for one in plan().finish)
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "said"),
+    [
+        (deploy.LINUX, "size: 2GiB}", "grow: ext4}", "a tar fills its partition anyway"),
+        (deploy.WHOLE, "grow: ext4", "grow: vfat", "grow takes ext4, xfs, btrfs or ntfs"),
+        (deploy.WHOLE, "grow: ext4", "grow: true", "'grow' must be one of ext4"),
+        (deploy.DUAL, "kind: tar,", "kind: raw, grow: xfs,", "grow says xfs, partition root has"),
+    ],
+)
+def test_a_growth_that_cannot_be_is_refused(text: str, old: str, new: str, said: str) -> None:
+    assert said in refusal(text.replace(old, new, 1))
+
+
 def test_every_order_survives_the_way_to_the_node() -> None:
-    for text in (deploy.LINUX, deploy.DUAL):
+    for text in (deploy.LINUX, deploy.DUAL, deploy.WHOLE):
         made = plan(text)
         all_orders = [*made.prepare, *(job.order for job in made.images), *made.finish, made.start]
         for order in all_orders:

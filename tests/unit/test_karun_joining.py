@@ -73,12 +73,12 @@ class Session:
 
 @given(
     st.lists(WORDS, max_size=4), st.lists(WORDS, max_size=3), WORDS, st.integers(0, 10**9),
-    st.tuples(*[st.booleans()] * 4),
+    st.tuples(*[st.booleans()] * 5),
 )  # fmt: skip
 def test_an_invocation_is_what_it_was_after_the_wire(
     argv: list[str], env: list[str], cwd: str, limit_ms: int, flags: tuple[bool, ...]
 ) -> None:
-    named = dict(zip(("line", "pty", "fed", "task"), flags, strict=True))
+    named = dict(zip(("line", "pty", "fed", "task", "sudo"), flags, strict=True))
     sent = Invocation(argv, env=env, cwd=cwd, limit_s=limit_ms / 1000, **named)
     fields = frames.unpack(frames.pack(*sent.fields()))
     assert Invocation.of(fields).fields() == sent.fields()

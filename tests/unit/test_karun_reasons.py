@@ -135,3 +135,19 @@ def test_an_unknown_connector_is_a_usage_error() -> None:
     with pytest.raises(KaError) as caught:
         connectors.make("telnet", python="python")
     assert caught.value.code is Code.USAGE
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("sudo: a password is required", "sudo asks for a password: allow it without one"),
+        ("karun: sudo: command not found", "no sudo on the node"),
+        ("sudo: sorry, you must have a tty to run sudo", "sudo: sorry, you must have a tty"),
+        ("cannot write /sudo: a password is required", ""),
+        ("", ""),
+    ],
+)
+def test_what_sudo_says_is_told_from_what_others_say(words: str, reason: str) -> None:
+    found = reasons.refusal(words)
+    assert found.startswith(reason)
+    assert bool(found) == bool(reason)
