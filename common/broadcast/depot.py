@@ -103,13 +103,23 @@ class Depot:
         is_new = chunk not in self._coming
         if is_new:
             self._coming[chunk] = self._new(data)
-        held = self._coming[chunk]
-        if held.data is data:  # else another neighbour sends it too
-            if chunk not in self._held:
-                self._put(chunk, held, size)
-            held.grown_s = trio.current_time()
-            self._take_in(held, size)
+        self._overtake(chunk, data, size)
         return is_new
+
+    def _overtake(self, chunk: int, data: memoryview, size: int) -> None:
+        """Let what is passed on grow by whoever is ahead: a new parent is quicker than a slow one.
+
+        Should one of them be damaged, those it is passed on to find out, and so does this node.
+        """
+        held = self._coming.get(chunk)
+        if held is None or size <= held.summed_size:
+            return
+        held.grown_s = trio.current_time()
+        if held.data is not data:
+            held.data[held.summed_size : size] = data[held.summed_size : size]
+        if chunk not in self._held:
+            self._put(chunk, held, size)
+        self._take_in(held, size)
 
     def _new(self, data: memoryview) -> _Held:
         return _Held(data, self._manifest.algorithm.begin())
@@ -152,6 +162,7 @@ class Depot:
 
         Return whether it is right, and what is to be called then.
         """
+        self._overtake(chunk, data, len(data))
         held = self._take_coming(chunk, data)
         self._take_in(held, len(data))
         is_right = held.summing.digest() == self._manifest.sum_at(chunk)

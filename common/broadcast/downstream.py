@@ -5,20 +5,22 @@ sent.  Chunks go out lowest first, at most `window_count` beyond what the child 
 and an ack means that the child's sink has the chunk: so a slow sink holds back its own feeding,
 and nobody else's.  Children take turns, in the order in which they can take more.
 
-A child that is lost is replaced by its own children (`Adopt`).  One that makes no progress, or is
-much slower than its place needs, is made a leaf: its children are adopted, and it is fed with
-what its siblings leave of the link.
+A child that is lost is replaced by a standby (`standby`), or by its own children (`Adopt`).  One
+that makes no progress, or is much slower than its place needs, is made a leaf as well, and sent
+where there is room at the end of the tree; where there is none it is fed with what its siblings
+leave of the link.
 
 The control tree is a `Downstream` without chunks.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 
 from common.broadcast import chunkset
-from common.broadcast.node import Node
-from common.broadcast.pace import Pace, Paces
+from common.broadcast.node import END, Node
+from common.broadcast.pace import STUCK_COUNT, Pace, Paces
+from common.broadcast.standby import Vacancies, places, rest
 from common.broadcast.upstream import REDIRECT_COUNT_MAX
 from common.broadcast.wire import Accept, Adopt, Alive, Attach, Demote, Leave, Refuse
 
@@ -60,20 +62,22 @@ class Child:
         "in_flight",
         "needs",
         "pace",
+        "place",
         "progress_s",
     )
 
-    def __init__(self, attempt: int, needs: int, now: float) -> None:
+    def __init__(self, attempt: int, place: int, needs: int, count: int, now: float) -> None:
         self.attempt = attempt
+        self.place = place
         self.needs = needs
         self.in_flight: set[int] = set()
-        self.count = 0
+        self.count = count
         """Chunks it says it has; on the control tree: its whole subtree."""
         self.child_count = 0
-        self.demoted = False
+        self.demoted = place == END
         self.progress_s = now
         """When it last acknowledged or took bytes, or had nothing to take."""
-        self.pace = Pace()
+        self.pace = Pace(count, now)
 
 
 class Downstream:
@@ -83,12 +87,17 @@ class Downstream:
         self.node = node
         self.index = index
         self.children: dict[int, Child] = {}
+        node.fed[index] = self.children
         self._budget = budget
         self._expected: dict[int, float] = {}
         """Who should attach, and until when."""
         self._turns: deque[int] = deque()
         self._any_demoted = False
         self._paces = Paces(node, index)
+        self._vacancies = Vacancies(node, index)
+        self._guests: Counter[int] = Counter()
+        self._unfit: set[int] = set()
+        """Who was lost, or is slow: not asked to feed others."""
 
     @property
     def is_control(self) -> bool:
@@ -104,34 +113,88 @@ class Downstream:
 
     def attach(self, peer: int, message: Attach, now: float) -> None:
         """Take on a child, or say whom to ask instead."""
-        node = self.node
+        node, index = self.node, self.index
         have = chunkset.decode(message.have, node.chunk_count)
-        reason, instead = "", -1
-        if not self.is_control and not node.relays:
-            reason = "feeds nobody"
-        elif not node.tree(self.index).positions[node.rank] < node.tree(self.index).positions[peer]:
-            reason = "comes later in the plan"
-        elif self._is_full(peer) and message.redirect_count < REDIRECT_COUNT_MAX:
-            instead = self._referral(peer)
-            reason = "has children enough" if instead >= 0 else ""
-        if reason:
-            refusal = Refuse(node.transfer, self.index, message.attempt, instead, reason)
-            node.send(peer, refusal)
-            return
         self._expected.pop(peer, None)
-        self._remove(peer, now)
-        child = Child(message.attempt, node.mask(self.index) & ~have, now)
-        self.children[peer] = child
-        if peer not in self._turns:
-            self._turns.append(peer)
-        node.ledger.join(peer, message.attempt)
-        count = node.have_count(self.index)
-        node.send(peer, Accept(node.transfer, self.index, message.attempt, count))
-        self.pump(now)
+        if not self.is_control and not node.relays:
+            self._refuse(peer, message, "feeds nobody")
+        elif node.own_position(index) >= node.position(index, message.place):
+            self._refuse(peer, message, "comes later in the plan")
+        elif not self._is_put_off(peer, message, now):
+            self._remove(peer, now)
+            needs, count = node.mask(index) & ~have, (node.mask(index) & have).bit_count()
+            child = Child(message.attempt, message.place, needs, count, now)
+            child.child_count = message.child_count
+            self._any_demoted |= child.demoted
+            self.children[peer] = child
+            if not child.demoted:
+                self._unfit.discard(peer)
+            if peer not in self._turns:
+                self._turns.append(peer)
+            node.ledger.join(peer, message.attempt)
+            count = node.have_count(index)
+            node.send(peer, Accept(node.transfer, index, message.attempt, count))
+            self.pump(now)
+            if self._vacancies.has_asked(peer, message.place):
+                self._let_take(peer, message.place, now)
+
+    def _let_take(self, standby: int, place: int, now: float) -> None:
+        """A standby has come: refer those to it that wait, or have been taken in meanwhile."""
+        self._vacancies.standbys[place] = standby
+        waiting = self._vacancies.close(place)
+        waiting.pop(standby, None)
+        self._attach_all(waiting, now)
+        parents = self.node.tree(self.index).parents
+        for peer, child in list(self.children.items()):
+            if child.place != END and parents[child.place] == place:
+                self._send_on(peer, standby, place, "another took its parent's place", now)
+
+    def _attach_all(self, waiting: dict[int, Attach], now: float) -> None:
+        for peer, message in waiting.items():
+            self.attach(peer, message, now)
+
+    def _refuse(
+        self, peer: int, message: Attach, reason: str, instead: int = -1, place: int = END
+    ) -> None:
+        refusal = Refuse(self.node.transfer, self.index, message.attempt, instead, place, reason)
+        self.node.send(peer, refusal)
+
+    def _is_put_off(self, peer: int, message: Attach, now: float) -> bool:
+        """Let a node wait for its parent's standby, or tell it whom to ask."""
+        place, redirect_count = message.place, message.redirect_count
+        if place == END or redirect_count >= REDIRECT_COUNT_MAX:
+            return False
+        if self._vacancies.has_asked(peer, place):
+            return False
+        if not self.is_control and self._waits_for_standby(peer, message, now):
+            return True
+        if peer in self.children or not self._is_full(place):
+            return False
+        instead = -1
+        if not (self.is_control or message.child_count or redirect_count):
+            instead = its_place = self._rest(peer)
+        elif self._feeds_count() >= self._places() + self.node.options.spare_child_count:
+            instead = self._referral(place)
+            its_place = self.children[instead].place if instead >= 0 else END
+        if instead >= 0:
+            self._refuse(peer, message, "has children enough", instead, its_place)
+        return instead >= 0
+
+    def _waits_for_standby(self, peer: int, message: Attach, now: float) -> bool:
+        parent = self.node.tree(self.index).parents[message.place]
+        standby = self._vacancies.standbys.get(parent, -1)
+        if standby != peer and standby in self.children:
+            self._refuse(peer, message, "another took its parent's place", standby, parent)
+            return True
+        orphan = message.child_count and self._is_vacant(parent)
+        if orphan and peer not in self.children and self._is_full(message.place):
+            self._vacancies.open(parent, "did not come", self._unfit | {self.node.rank}, now)
+        return self._vacancies.hold(peer, message, parent)
 
     def left(self, peer: int, message: Leave, now: float) -> None:
         """The child has another parent now, or was never going to come."""
         child = self.children.get(peer)
+        self._attach_all(self._vacancies.declined(peer), now)
         if child is None:
             self._expected.pop(peer, None)
         elif message.attempt in (0, child.attempt):
@@ -139,11 +202,13 @@ class Downstream:
 
     def lost(self, peer: int, reason: str, now: float) -> None:
         """The connection to a child, or to one who should have come, is gone."""
+        self._unfit.add(peer)
+        self._attach_all(self._vacancies.declined(peer), now)
         child = self._remove(peer, now)
         if child is None and self._expected.pop(peer, None) is None:
             return
         self.node.ledger.lose(peer, child.attempt if child else 0, reason)
-        self._adopt_children_of(peer, False, reason, now)
+        self._replace(peer, child.place if child else peer, False, reason, now)
 
     def release(self, reason: str, now: float) -> None:
         """Feed nobody any more."""
@@ -154,27 +219,66 @@ class Downstream:
         self._expected.clear()
         self._turns.clear()
 
+    def make_room(self, place: int, now: float) -> None:
+        """Send away, latest first, who would be too many with the children of a place."""
+        node, positions = self.node, self.node.tree(self.index).positions
+        coming = sum(one != node.rank for one in node.tree(self.index).children[place])
+        surplus = max(0, self._feeds_count() + coming - places(node.topology, node.rank))
+        leaving = sorted(self.children, key=lambda one: -positions[one])[:surplus]
+        for peer in leaving:
+            instead = self._rest(peer, place)
+            self._send_on(peer, instead, instead, "takes another place", now)
+
+    def _rest(self, peer: int, *without: int) -> int:
+        """Return who else could feed *peer*, at the end of the tree."""
+        unfit = self._unfit.union(without, self._vacancies.busy(), {self.node.rank})
+        return rest(self.node.topology, self.index, peer, unfit, self._guests)
+
+    def _send_on(self, peer: int, instead: int, place: int, reason: str, now: float) -> None:
+        """End an edge, and say who has room."""
+        child = self._remove(peer, now)
+        assert child is not None
+        node = self.node
+        node.send(peer, Refuse(node.transfer, self.index, child.attempt, instead, place, reason))
+
     def _remove(self, peer: int, now: float) -> Child | None:
         child = self.children.pop(peer, None)
         if child is not None:
             self._paces.ended(peer, child.pace, now)
         return child
 
-    def _is_full(self, peer: int) -> bool:
-        if peer in self.children:
-            return False
-        planned = self.node.tree(self.index).children[self.node.rank]
-        if peer in planned:
-            return False
-        return len(self.children) >= len(planned) + self.node.options.spare_child_count
+    def _planned(self, place: int) -> tuple[int, ...]:
+        return () if place == END else self.node.tree(self.index).children[place]
 
-    def _referral(self, peer: int) -> int:
-        """Return the child that has the fewest children and may feed *peer*, or -1."""
-        positions = self.node.tree(self.index).positions
+    def _feeds_count(self) -> int:
+        """Return how many share this node's link, in all data trees."""
+        data = () if self.is_control else self.node.fed[:-1]
+        other = sum(len(fed) for fed in data if fed is not self.children)
+        return other + sum(not child.demoted for child in self.children.values())
+
+    def _is_vacant(self, place: int) -> bool:
+        """Return whether a child's place is planned here, and nobody has it."""
+        planned = place in self._planned(self.node.places[self.index])
+        return planned and all(one.place != place for one in self.children.values())
+
+    def _is_full(self, place: int) -> bool:
+        """Return whether whoever has *place* would be one child too many."""
+        planned = place in self._planned(self.node.places[self.index])
+        taken = any(one.place == place and not one.demoted for one in self.children.values())
+        return (taken or not planned) and self._feeds_count() >= self._places()
+
+    def _places(self) -> int:
+        node = self.node
+        planned = len(self._planned(node.places[self.index]))
+        return planned if self.is_control else max(planned, places(node.topology, node.rank))
+
+    def _referral(self, place: int) -> int:
+        """Return the child that has the fewest children and may feed who has *place*, or -1."""
+        position = self.node.position(self.index, place)
         fit = [
             rank
             for rank, child in self.children.items()
-            if positions[rank] < positions[peer] and not child.demoted
+            if self.node.position(self.index, child.place) < position and not child.demoted
         ]
         if not fit:
             return -1
@@ -185,12 +289,19 @@ class Downstream:
     def _expect(self, peer: int, now: float) -> None:
         self._expected[peer] = now + self.node.options.join_s
 
-    def _adopt_children_of(self, peer: int, lives: bool, reason: str, now: float) -> None:
-        for orphan in self.node.tree(self.index).children[peer]:
-            if orphan not in self.children:
-                self._expect(orphan, now)
-                adopt = Adopt(self.node.transfer, self.index, peer, lives, reason)
-                self.node.send(orphan, adopt)
+    def _replace(self, peer: int, place: int, lives: bool, reason: str, now: float) -> None:
+        """Adopt the children of *peer*; if they are too many let another take its place."""
+        node = self.node
+        orphans = [one for one in self._planned(place) if one not in self.children]
+        if self._vacancies.standbys.get(place, peer) in self.children.keys() - {peer}:
+            return  # it was slow before it was lost, and has been replaced
+        relays = any(map(self._planned, orphans))
+        if relays and not self.is_control and self._feeds_count() + len(orphans) > self._places():
+            self._vacancies.open(place, reason, self._unfit | {node.rank}, now)
+        for orphan in orphans:
+            self._expect(orphan, now)
+            own = node.places[self.index]
+            node.send(orphan, Adopt(node.transfer, self.index, own, peer, lives, reason))
 
     # ------------------------------------------------------------ chunks
 
@@ -261,6 +372,7 @@ class Downstream:
     def heard_alive(self, peer: int, message: Alive) -> None:
         child = self.children[peer]
         child.count = message.have_count
+        child.pace.have_count = max(child.pace.have_count, message.have_count)
         child.child_count = message.child_count
 
     def total(self) -> int:
@@ -274,38 +386,49 @@ class Downstream:
             del self._expected[peer]
             reason = "did not attach in time"
             self.node.ledger.lose(peer, 0, reason)
-            self._adopt_children_of(peer, False, reason, now)
+            self._replace(peer, peer, False, reason, now)
         if self.is_control:
             return
+        self._attach_all(self._vacancies.tick(now), now)
         if self._budget.rate or self._any_demoted:
             self.pump(now)
-        options = self.node.options
-        for peer, child in self.children.items():
-            if not self._relays(peer, child):
-                continue
-            if not any(self.node.have >> chunk & 1 for chunk in child.in_flight):
+        options, have = self.node.options, self.node.have
+        for peer, child in list(self.children.items()):
+            if not any(have >> chunk & 1 for chunk in child.in_flight):
                 child.progress_s = now  # what has not come here yet is not the child's fault
+                child.pace.owed_s = now
+            elif not self._relays(child):
+                continue
             elif now - child.progress_s > options.stall_s:
                 self._demote(peer, child, "no progress", now)
             elif self._paces.is_slow(peer, child.pace, now):
                 self._demote(peer, child, "slow", now)
+            elif self._lacks_much(child) and self._paces.is_stuck(peer, child.pace, now):
+                self._demote(peer, child, "stuck", now)
+        self._paces.take_stock({peer: one.pace for peer, one in self.children.items()}, now)
 
     def asleep(self, now: float) -> None:
         """This node itself did not run for a while: nobody else is to blame."""
         for child in self.children.values():
             child.progress_s = now
             self._paces.restart(child.pace, now)
+        self._paces.forget()
         for peer in self._expected:
             self._expect(peer, now)
 
-    def _relays(self, peer: int, child: Child) -> bool:
-        planned = self.node.tree(self.index).children[peer]
-        return not child.demoted and bool(child.child_count or planned)
+    def _lacks_much(self, child: Child) -> bool:
+        return (child.needs & self.node.have).bit_count() + len(child.in_flight) >= STUCK_COUNT
+
+    def _relays(self, child: Child) -> bool:
+        return not child.demoted and bool(child.child_count or self._planned(child.place))
 
     def _demote(self, peer: int, child: Child, reason: str, now: float) -> None:
         """Make a child a leaf and take its children."""
         child.demoted = self._any_demoted = True
         self._paces.ended(peer, child.pace, now)
-        self.node.ledger.note(peer, f"{reason}: made a leaf by rank {self.node.rank}")
-        self.node.send(peer, Demote(self.node.transfer, self.index, reason))
-        self._adopt_children_of(peer, True, reason, now)
+        self._unfit.add(peer)
+        node = self.node
+        node.ledger.note(peer, f"{reason}: made a leaf by rank {node.rank}")
+        self._replace(peer, child.place, True, reason, now)
+        instead = self._rest(peer)
+        node.send(peer, Demote(node.transfer, self.index, instead, reason))

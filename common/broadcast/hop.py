@@ -53,6 +53,7 @@ from common.broadcast.wire import (
     Leave,
     Nack,
     PassOver,
+    Promote,
     Refuse,
     Report,
     Want,
@@ -138,6 +139,7 @@ class Hop:
             Report: self._report,
             Finish: self._finish,
             Nack: self._nack,
+            Promote: self._promote,
             PassOver: self._pass_over,
         }
 
@@ -198,7 +200,9 @@ class Hop:
             self._take_damaged(peer, chunk, now)
         elif node.have >> chunk & 1:
             self.duplicate_count += 1
-            if up.is_parent(peer) and chunk not in self._unwritten:
+            if up.is_parent(peer) and chunk in self._unwritten:
+                self._unwritten[chunk] = peer  # who waits for the ack now
+            elif up.is_parent(peer):
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)
@@ -359,8 +363,18 @@ class Hop:
         self.downs[message.tree].left(peer, message, now)
 
     def _demote(self, peer: int, message: Demote, now: float) -> None:
-        if self.ups[message.tree].is_parent(peer):
+        up = self.ups[message.tree]
+        if up.is_parent(peer):
             self._release(message.reason, now)
+            up.demoted(message.instead, now)
+
+    def _promote(self, peer: int, message: Promote, now: float) -> None:
+        up = self.ups[message.tree]
+        if up.may_take(message.place):
+            self.downs[message.tree].make_room(message.place, now)
+            up.promoted(peer, message.place, now)
+        else:
+            up.decline(peer, "has a place")
 
     def _report(self, peer: int, message: Report, now: float) -> None:
         if self.node.ledger.merge(message):

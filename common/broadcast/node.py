@@ -8,17 +8,19 @@ all of them; the shell carries them out in order.
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from common.broadcast import chunkset
 from common.broadcast.outcome import Ledger, Summary
 from common.broadcast.topology import SOURCE, Topology, Tree
-from common.broadcast.wire import Ack, Refuse
+from common.broadcast.wire import Ack
 from common.errors import Code, KaError
 from common.messages import Message
 
 __all__ = [
+    "END",
     "Action",
     "Disconnect",
     "Finished",
@@ -29,6 +31,10 @@ __all__ = [
     "VerifySink",
     "WriteChunk",
 ]
+
+
+END = -1
+"""The place behind all others in a tree, of those that feed nobody there: anybody may feed them."""
 
 
 class Send(NamedTuple):
@@ -174,6 +180,10 @@ class Node:
         """False: slow, or failed; it feeds nobody."""
         self.ledger = Ledger(topology.shape.receiver_count, chunk_count)
         self.actions: list[Action] = []
+        self.places = [rank] * (self.control_index + 1)
+        """By tree: the rank whose place this node has, or `END`."""
+        self.fed: list[Collection[int]] = [()] * (self.control_index + 1)
+        """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
 
@@ -186,8 +196,10 @@ class Node:
         tree = getattr(message, "tree", 0)
         if not 0 <= tree <= self.control_index:
             raise KaError(Code.PROTOCOL, "a message for a tree that is not in the plan", tree=tree)
-        if type(message) is Refuse and message.instead >= self.topology.rank_count:
+        if getattr(message, "instead", 0) >= self.topology.rank_count:
             raise KaError(Code.PROTOCOL, "a referral to nobody", peer=peer)
+        if not END <= getattr(message, "place", 0) < self.topology.rank_count:
+            raise KaError(Code.PROTOCOL, "a place that is not in the plan", peer=peer)
         if type(message) is Ack:
             self.check_chunk(message.chunk)
 
@@ -210,10 +222,12 @@ class Node:
     def have_count(self, index: int) -> int:
         return (self.have & self.mask(index)).bit_count()
 
-    def is_before(self, index: int, other: int) -> bool:
-        """Return whether *other* is ahead of this node in a tree: it may feed it."""
-        positions = self.tree(index).positions
-        return positions[other] < positions[self.rank]
+    def position(self, index: int, place: int) -> int:
+        """Return where a place is in a tree: whoever is ahead may feed who is behind."""
+        return self.topology.rank_count if place == END else self.tree(index).positions[place]
+
+    def own_position(self, index: int) -> int:
+        return self.position(index, self.places[index])
 
     def is_in_rack(self, other: int) -> bool:
         rack_of = self.topology.rack_of

@@ -11,18 +11,43 @@ the plan says of the uplink, and with nothing else: the link there is not this n
 which is fed by nobody and may have one child, compares with the plan, but once: if the whole
 network were slower than planned it would make leaves of all its nodes.  For the same reason a node
 makes few (`DEMOTE_COUNT_MAX`).
+
+That takes a second and two windows: too long where the whole copy takes ten.  So a child is also
+found *stuck*: for a fiftieth of the time that the copy needs it has taken next to nothing
+(`STUCK_SHARE`), while this node itself was fed, or another child has taken, several chunks that it
+lacks.  Only what happened in the same span counts: when the network stands still nobody is stuck.
 """
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from common.broadcast.node import Node
 from common.broadcast.topology import SOURCE
 
-__all__ = ["Pace", "Paces"]
+__all__ = ["STUCK_COUNT", "Pace", "Paces"]
 
 DEMOTE_COUNT_MAX = 2
 LEAST_S = 0.25
 """Busy for less, a child's pace is no reference for others."""
+STUCK_COUNT = 3
+"""Chunks that were due: fewer tell nothing."""
+STUCK_SHARE = 0.15
+"""Of what was due: who takes less is stuck.  A link at a twentieth shared by two shows a tenth."""
+PATIENCE_SHARE = 0.02
+"""Of the time that the copy needs: what those behind a slow relay may lose before it is found."""
+
+
+class _Stock(NamedTuple):
+    """How far everybody was at a tick."""
+
+    at_s: float
+    own_count: int
+    taken: dict[int, int]
+    """What each child had, as far as was known."""
 
 
 class Pace:
@@ -30,9 +55,12 @@ class Pace:
 
     __slots__ = (
         "acked_count",
+        "acked_total",
         "began_s",
         "busy",
         "busy_s",
+        "have_count",
+        "owed_s",
         "own_count",
         "primed",
         "shared_s",
@@ -40,7 +68,8 @@ class Pace:
         "since_s",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, have_count: int, now: float) -> None:
+        """*have_count*: what the child had when it came."""
         self.began_s = -1.0
         """When the account began; before the first full window: never."""
         self.busy = False
@@ -57,6 +86,11 @@ class Pace:
         """What this node had itself when the account began."""
         self.shared_s = self.shared_since_s = 0.0
         """All children's busy time while this one was busy too; and when it became so."""
+        self.have_count = have_count
+        """What it has acknowledged, or says it has: its sink may be behind."""
+        self.acked_total = have_count
+        self.owed_s = now
+        """When it was last owed nothing that this node has."""
 
 
 class Paces:
@@ -75,9 +109,12 @@ class Paces:
         self._since_s = 0.0
         self._plan_was_used = False
         self._demote_count = 0
+        self._started_s = 0.0
+        self._stocks: deque[_Stock] = deque()
+        """Of the last ticks, as far back as patience goes."""
 
     def start(self, now: float) -> None:
-        self._since_s = now
+        self._since_s = self._started_s = now
 
     def began(self, pace: Pace, now: float) -> None:
         """A child's window is full."""
@@ -103,6 +140,8 @@ class Paces:
             self._found(peer, pace, pace.busy_s, pace.shared_s)
 
     def acked(self, pace: Pace, now: float) -> None:
+        pace.acked_total += 1
+        pace.have_count = max(pace.have_count, pace.acked_total)
         if pace.primed:
             pace.acked_count += pace.busy
         elif pace.busy:
@@ -134,6 +173,72 @@ class Paces:
         self._demote_count += 1
         self._plan_was_used = True
         return True
+
+    def take_stock(self, paces: Mapping[int, Pace], now: float) -> None:
+        """Remember how far everybody is, at each tick."""
+        if not paces:
+            self.forget()
+            return
+        if self._stocks and now - self._stocks[-1].at_s > 2.5 * self._node.options.tick_s:
+            self.forget()  # this node itself was late
+        while self._stocks and now - self._stocks[0].at_s > 1.5 * self._node.options.slow_s:
+            self._stocks.popleft()
+        taken = {peer: pace.have_count for peer, pace in paces.items()}
+        self._stocks.append(_Stock(now, self._node.have_count(self._index), taken))
+
+    def forget(self) -> None:
+        """Judge by nothing that was before."""
+        self._stocks.clear()
+
+    def is_stuck(self, peer: int, pace: Pace, now: float) -> bool:
+        """Judge a child that is owed chunks: whether others moved on without it."""
+        options, patience_s = self._node.options, self._patience_s(now)
+        if not self._node.is_in_rack(peer) or self._demote_count >= DEMOTE_COUNT_MAX:
+            return False
+        if not self._stocks or now - self._stocks[-1].at_s > 2.5 * options.tick_s:
+            return False
+        for since in reversed(self._stocks):
+            if since.at_s < pace.owed_s or peer not in since.taken:
+                break
+            if since.at_s <= now - patience_s and self._stood_still(peer, pace, since, now):
+                self._demote_count += 1
+                self._plan_was_used = True
+                return True
+        return False
+
+    def _stood_still(self, peer: int, pace: Pace, since: _Stock, now: float) -> bool:
+        due = self._due(peer, since, now)
+        return due >= STUCK_COUNT and pace.have_count - since.taken[peer] < STUCK_SHARE * due
+
+    def _due(self, peer: int, since: _Stock, now: float) -> float:
+        """Return what a child should have taken, by what others did meanwhile."""
+        node = self._node
+        sharing = max(1, len(node.fed[self._index]))
+        due = (node.have_count(self._index) - since.own_count) / sharing
+        taken = self._stocks[-1].taken
+        for other, count in since.taken.items():
+            if other != peer and other in taken:
+                due = max(due, taken[other] - count)
+        if node.rank == SOURCE and not self._plan_was_used:
+            planned = node.options.expected_rate / node.chunk_size / len(node.topology.trees)
+            due = max(due, planned * (now - since.at_s) / sharing)
+        return due
+
+    def _patience_s(self, now: float) -> float:
+        """Return how long a child may be stuck: by how long the copy will take, so far as known."""
+        node, options = self._node, self._node.options
+        done = node.have_count(self._index)
+        if node.rank == SOURCE:
+            latest = self._stocks[-1].taken.values() if self._stocks else ()
+            done = max(latest, default=0)
+        whole = node.mask(self._index).bit_count()
+        if done:
+            needs_s = (now - self._started_s) * whole / done
+        elif options.expected_rate:
+            needs_s = node.chunk_count * node.chunk_size / options.expected_rate
+        else:
+            needs_s = math.inf
+        return max(0.3 * options.silence_s, min(PATIENCE_SHARE * needs_s, options.slow_s))
 
     def _reference(self, peer: int, pace: Pace, now: float) -> float:
         """Return what the link could do, in chunks a second, as far as anything tells."""

@@ -22,7 +22,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.broadcast import chunkset
 from common.broadcast.cost import piece_size
@@ -72,6 +72,9 @@ class Outcome:
     """The longest that a healthy node had to wait for its next chunk, the first one apart."""
     finished_s: dict[int, float]
     """By rank: when it had verified."""
+    fed_counts: dict[int, int]
+    """By healthy rank: how many healthy ones it fed at the end, all data trees together, without
+    those at the end of a tree."""
 
 
 class _Machine:
@@ -113,8 +116,18 @@ class _Link:
         self.generation = 0
         self.cut = False
         self.held: list[Callable[[], None]] = []
-        self.arrival_s: dict[int, float] = {}
-        """By receiver: when the last thing sent to it comes."""
+        self.queues: dict[tuple[int, int], deque[_Item]] = {}
+        """By receiver and generation: what is under way, in the order in which it comes."""
+
+
+class _Item(NamedTuple):
+    """Something under way: a message, or a chunk."""
+
+    ready_s: float
+    """When it could be there, if nothing were before it, and all of it with the sender."""
+    message: Message
+    chunk: int = -1
+    state: int = ABSENT
 
 
 class Simulation:
@@ -249,10 +262,36 @@ class Simulation:
                         self._summary = action.summary
 
     def _send(self, rank: int, peer: int, message: Message) -> None:
+        self._queue(rank, peer, _Item(self.now + self.scenario.latency_s, message))
+
+    def _queue(self, rank: int, peer: int, item: _Item) -> None:
         link = self._link(rank, peer)
-        arrival_s = max(self.now + self.scenario.latency_s, link.arrival_s.get(peer, 0.0))
-        link.arrival_s[peer] = arrival_s
-        self._at(arrival_s, self._arrive, rank, peer, link.generation, message, -1, ABSENT)
+        queue = link.queues.setdefault((peer, link.generation), deque())
+        queue.append(item)
+        if len(queue) == 1:
+            self._at(self._ready_s(rank, item), self._deliver, rank, peer, link.generation)
+
+    def _ready_s(self, rank: int, item: _Item) -> float:
+        """Return when something is there; what its sender has not all of comes a piece later."""
+        sender = self._machines[rank]
+        if item.state != AS_IT_CAME or sender.hop.node.have >> item.chunk & 1:
+            return item.ready_s
+        piece_s = min(self._piece_size, self.scenario.chunk_size) / sender.rate
+        came_s = sender.coming_s.get(item.chunk, 0.0)
+        return max(item.ready_s, came_s + piece_s + self.scenario.latency_s)
+
+    def _deliver(self, rank: int, peer: int, generation: int) -> None:
+        """Let come what is there by now."""
+        queues = self._link(rank, peer).queues
+        while queue := queues.get((peer, generation)):
+            ready_s = self._ready_s(rank, queue[0])
+            if ready_s > self.now:
+                self._at(ready_s, self._deliver, rank, peer, generation)
+                return
+            item = queue.popleft()
+            if not queue:
+                del queues[peer, generation]
+            self._arrive(rank, peer, generation, item.message, item.chunk, item.state)
 
     def _send_chunk(self, rank: int, peer: int, chunk: int) -> None:
         self.chunks_sent += 1
@@ -276,24 +315,22 @@ class Simulation:
             sender.outgoing[peer] = chunks
         receiver = self._machines[peer]
         passed_on = not sender.hop.node.have >> chunk & 1
-        piece_s = min(self._piece_size, self.scenario.chunk_size) / sender.rate
-        passed_s = sender.coming_s.get(chunk, self.now) + piece_s if passed_on else self.now
         took_s = self.scenario.chunk_size / sender.rate
         came_s = max(self.now, receiver.came_s) + self.scenario.chunk_size / receiver.rate
         receiver.came_s = came_s
         link = self._link(rank, peer)
         crossed_s = self._cross(rank, peer)
-        arrival_s = max(self.now + took_s, came_s, crossed_s, passed_s) + self.scenario.latency_s
-        begins_s = max(self.now + self.scenario.latency_s, link.arrival_s.get(peer, 0.0))
-        arrival_s = max(arrival_s, begins_s)
-        link.arrival_s[peer] = sender.under_way[peer] = arrival_s
+        arrival_s = max(self.now + took_s, came_s, crossed_s) + self.scenario.latency_s
         state = sender.sink[chunk] or RIGHT  # from memory, if it is not written yet
         if passed_on:
             state = AS_IT_CAME
         if self._rng.random() < self.scenario.damaged_share:
             state = WRONG
+        item = _Item(arrival_s, None, chunk, state)
+        begins_s = max(self.now + self.scenario.latency_s, sender.under_way.get(peer, 0.0))
+        arrival_s = sender.under_way[peer] = max(self._ready_s(rank, item), begins_s)
         self._at(begins_s, self._begins, rank, peer, link.generation, chunk, arrival_s)
-        self._at(arrival_s, self._arrive, rank, peer, link.generation, None, chunk, state)
+        self._queue(rank, peer, item)
         self._at(self.now + took_s, self._send_next, rank, life)
 
     def _cross(self, rank: int, peer: int) -> float:
@@ -349,6 +386,18 @@ class Simulation:
             receiver.gained_s = self.now
         intact = state == RIGHT
         self._on(peer, receiver.life, lambda hop: hop.chunk_received(rank, chunk, intact, self.now))
+        self._complete(peer, chunk)
+
+    def _complete(self, rank: int, chunk: int) -> None:
+        """Nobody need wait any longer for the rest of a chunk that another has brought first."""
+        machine = self._machines[rank]
+        soon_s = self.now + min(self._piece_size, self.scenario.chunk_size) / machine.rate
+        for peer in machine.hop.downs[chunk % len(self._topology.trees)].children:
+            link = self._link(rank, peer)
+            queue = link.queues.get((peer, link.generation))
+            if queue and queue[0].chunk == chunk and machine.under_way.get(peer, 0.0) > soon_s:
+                machine.under_way[peer] = ready_s = max(soon_s, queue[0].ready_s)
+                self._at(ready_s, self._deliver, rank, peer, link.generation)
 
     def _tell_lost(self, rank: int, peer: int, reason: str, after_s: float) -> None:
         life = self._machines[rank].life
@@ -527,6 +576,15 @@ class Simulation:
             longest_stall_s=max((machine.stall_s for machine in healthy), default=0.0),
             finished_s={
                 rank: machine.verified_s for rank, machine in receivers if machine.verified_s >= 0
+            },
+            fed_counts={
+                rank: sum(
+                    not child.demoted and peer not in faulted
+                    for down in machine.hop.downs[:-1]
+                    for peer, child in down.children.items()
+                )
+                for rank, machine in enumerate(self._machines)
+                if rank not in faulted
             },
         )
 

@@ -139,6 +139,8 @@ class Topology:
     """Reports go up and the end comes down here: it is shallow where the data go down a chain."""
     rack_of: tuple[int, ...]
     """By rank."""
+    relay_count: int
+    """How many children the busiest relay has, in all data trees: what links are planned for."""
 
     @property
     def kind(self) -> Kind:
@@ -181,7 +183,9 @@ def build(shape: Shape) -> Topology:
             forest = [_by_rack(lambda size: _postal(size, gap, ready), shape.racks)]
     control = _by_rack(lambda size: _k_ary(size, CONTROL_FANOUT), shape.racks)
     rack_of = (0, *(rack for rack, size in enumerate(shape.racks) for _ in range(size)))
-    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of)
+    rows = list(zip(*forest, strict=True))[1:]
+    relay_count = max(1, *(sum(map(len, children)) for children in rows))
+    return Topology(shape, tuple(map(_tree, forest)), _tree(control), rack_of, relay_count)
 
 
 def _tree(children: Children) -> Tree:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 
 from common.broadcast import chunkset
-from common.broadcast.node import Disconnect, Node
+from common.broadcast.node import END, Disconnect, Node
 from common.broadcast.topology import SOURCE
 from common.broadcast.wire import Accept, Adopt, Alive, Attach, Leave, Refuse
 
@@ -94,13 +94,18 @@ class Upstream:
             self.node.ledger.forget_told()
 
     def refused(self, peer: int, message: Refuse, now: float) -> None:
-        if not self._answers(peer, message.attempt):
+        """Ask another; a parent may say so later too, when there is somebody in its place."""
+        sent_away = self.is_parent(peer) and message.attempt == self._attempt
+        if not sent_away and not self._answers(peer, message.attempt):
             return
         self._avoided[peer] = now + self.node.options.avoid_s / 5
         instead = message.instead
-        if 0 <= instead != peer and self.node.is_before(self.index, instead):
+        if not self._is_before(message.place) and message.place != END:
+            self._go_to_the_end()
+        if 0 <= instead not in (peer, self.node.rank) and self._is_before(message.place):
             self._redirect_count += 1
-            self._ask(instead, now)
+            # Who has just failed here is not asked: so the other one has to do.
+            self._ask(peer if self._avoided.get(instead, 0) > now else instead, now)
         else:
             self._seek(now)
 
@@ -113,7 +118,7 @@ class Upstream:
         fits = self.parent in (message.instead_of, -1) and self.state is not UpstreamState.OFF
         if self.state is UpstreamState.ATTACHED and not message.lives:
             fits = fits and not self._is_well_fed(now)
-        if not fits or not self.node.is_before(self.index, peer):
+        if not fits or not self._is_before(message.place):
             if self.parent != peer:
                 self._decline(peer, 0, "fed by another")
             return
@@ -121,6 +126,32 @@ class Upstream:
             self._avoided[self.parent] = now + self.node.options.avoid_s
             self._say_leave("adopted by another")
         self._ask(peer, now)
+
+    def promoted(self, peer: int, place: int, now: float) -> None:
+        """Take the place of a relay; `may_take` was asked before."""
+        self.node.places[self.index] = place
+        if self.state is UpstreamState.ATTACHED and self.parent != peer:
+            self._say_leave("takes another place")
+        self._ask(peer, now)
+
+    def may_take(self, place: int) -> bool:
+        """Return whether this node could take a place: one only, and nearer to the source."""
+        node, index = self.node, self.index
+        is_free = node.places[index] in (node.rank, END) and node.relays
+        on = self.state is not UpstreamState.OFF and index != node.control_index
+        return is_free and on and 0 < node.position(index, place) < node.own_position(index)
+
+    def decline(self, peer: int, reason: str) -> None:
+        """Turn down an offer."""
+        self._decline(peer, 0, reason)
+
+    def demoted(self, instead: int, now: float) -> None:
+        """Go to the end of the tree, where another has room."""
+        if instead in (-1, self.node.rank):
+            return
+        self.node.places[self.index] = END
+        self._say_leave("made a leaf")
+        self._ask(instead, now)
 
     def left(self, peer: int, message: Leave, now: float) -> None:
         """The parent has ended it: find another."""
@@ -143,7 +174,8 @@ class Upstream:
 
     def heard_alive(self, message: Alive, now: float) -> None:
         self.parent_have_count = message.have_count
-        if self.index == self.node.control_index or not self.node.is_in_rack(self.parent):
+        node = self.node
+        if self.index == node.control_index or not node.is_in_rack(self.parent) or not node.relays:
             return  # a parent in another rack passes on what the uplink lets through
         options = self.node.options
         began_s, mine, theirs = self._lag
@@ -187,6 +219,15 @@ class Upstream:
                 self._progress_s = now
             elif now - self._progress_s > options.stall_s:
                 self._move("it makes no progress", now)
+
+    def _is_before(self, place: int) -> bool:
+        """Return whether who has *place* is ahead of this node."""
+        return self.node.position(self.index, place) < self.node.own_position(self.index)
+
+    def _go_to_the_end(self) -> None:
+        """Let anybody feed this node in this tree, if it feeds nobody itself."""
+        if self.index != self.node.control_index and not self.node.fed[self.index]:
+            self.node.places[self.index] = END
 
     def _is_well_fed(self, now: float) -> bool:
         if self.index == self.node.control_index:
@@ -232,11 +273,12 @@ class Upstream:
 
     def _choose(self, now: float) -> int:
         """Return the nearest ancestor that is not avoided; if all are, the one longest ago."""
-        tree = self.node.tree(self.index)
-        for rank in tree.ancestors(self.node.rank):
+        tree, place = self.node.tree(self.index), self.node.places[self.index]
+        ancestors = list(tree.ancestors(self.node.rank if place == END else place))
+        for rank in ancestors:
             if self._avoided.get(rank, 0) <= now:
                 return rank
-        return min(tree.ancestors(self.node.rank), key=lambda rank: self._avoided[rank])
+        return min(ancestors, key=lambda rank: self._avoided[rank])
 
     def _ask(self, peer: int, now: float) -> None:
         node = self.node
@@ -247,4 +289,8 @@ class Upstream:
         self.state, self.parent, self._asked_s = UpstreamState.ASKING, peer, now
         have = chunkset.encode(node.have & node.mask(self.index))
         redirect_count = min(self._redirect_count, REDIRECT_COUNT_MAX)
-        node.send(peer, Attach(node.transfer, self.index, self._attempt, have, redirect_count))
+        place, child_count = node.places[self.index], len(node.fed[self.index])
+        attach = Attach(
+            node.transfer, self.index, self._attempt, have, redirect_count, place, child_count
+        )
+        node.send(peer, attach)

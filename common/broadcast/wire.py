@@ -24,6 +24,7 @@ __all__ = [
     "Leave",
     "Nack",
     "PassOver",
+    "Promote",
     "Refuse",
     "Report",
     "Want",
@@ -44,6 +45,9 @@ class Attach(NamedTuple):
     """Counts the sender's attaches: a higher one makes what was said under a lower one void."""
     have: bytes
     redirect_count: int
+    place: int
+    """The rank whose place in the tree the sender has; -1: behind everybody, it feeds nobody."""
+    child_count: int
 
 
 @HOP.message(2)
@@ -61,6 +65,8 @@ class Refuse(NamedTuple):
     attempt: int
     instead: int
     """Whom to ask; -1 for the next ancestor."""
+    place: int
+    """The place of that one."""
     reason: str
 
 
@@ -106,6 +112,8 @@ class Adopt(NamedTuple):
 
     transfer: bytes
     tree: int
+    place: int
+    """The place of the sender."""
     instead_of: int
     lives: bool
     """The parent is not lost but slow; if it is said to be lost, the orphan knows better."""
@@ -125,10 +133,12 @@ class Leave(NamedTuple):
 
 @HOP.message(10)
 class Demote(NamedTuple):
-    """Parent to child: you are slow; feed nobody any more."""
+    """Parent to child: you are slow; feed nobody any more, and ask another to feed you."""
 
     transfer: bytes
     tree: int
+    instead: int
+    """Whom to ask; -1: stay."""
     reason: str
 
 
@@ -172,3 +182,13 @@ class PassOver(NamedTuple):
     """Parent to child on the control tree: the multicast pass is over, attach in the data trees."""
 
     transfer: bytes
+
+
+@HOP.message(15)
+class Promote(NamedTuple):
+    """Parent of a lost relay to a leaf: take its place, attach to me -> `Attach` or `Leave`."""
+
+    transfer: bytes
+    tree: int
+    place: int
+    reason: str

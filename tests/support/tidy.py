@@ -88,6 +88,7 @@ PURE: frozenset[str] = frozenset(
         "common/broadcast/planner.py",
         "common/broadcast/scenario.py",
         "common/broadcast/simulator.py",
+        "common/broadcast/standby.py",
         "common/broadcast/store.py",
         "common/broadcast/topology.py",
         "common/broadcast/upstream.py",

@@ -62,7 +62,7 @@ def relay(chunk_count: int = 8, **more: Any) -> Hop:
     made = hop(2, chunk_count, **more)
     made.message_received(1, Accept(ID, 0, 1, 0), 0.0)
     made.message_received(0, Accept(ID, CONTROL, 1, 0), 0.0)
-    made.message_received(3, Attach(ID, 0, 1, NOTHING, 0), 0.0)
+    made.message_received(3, Attach(ID, 0, 1, NOTHING, 0, 3, 0), 0.0)
     return made
 
 
@@ -106,7 +106,7 @@ def test_a_chunk_is_passed_on_at_once_and_acknowledged_when_the_sink_has_it() ->
 
 def test_a_child_is_never_sent_more_than_its_window_before_it_acknowledges() -> None:
     source = hop(0)
-    actions = source.message_received(1, Attach(ID, 0, 1, NOTHING, 0), 0.0)
+    actions = source.message_received(1, Attach(ID, 0, 1, NOTHING, 0, 1, 0), 0.0)
     assert chunks_to(1, actions) == [0, 1, 2]
     assert chunks_to(1, source.message_received(1, Ack(ID, 1), 0.1)) == [3]
     assert chunks_to(1, source.message_received(1, Ack(ID, 1), 0.1)) == []
@@ -115,7 +115,7 @@ def test_a_child_is_never_sent_more_than_its_window_before_it_acknowledges() -> 
 def test_a_child_is_sent_only_what_it_lacks() -> None:
     source = hop(0)
     have = chunkset.encode(0b11100101)
-    actions = source.message_received(1, Attach(ID, 0, 1, have, 0), 0.0)
+    actions = source.message_received(1, Attach(ID, 0, 1, have, 0, 1, 0), 0.0)
     assert chunks_to(1, actions) == [1, 3, 4]
 
 
@@ -150,6 +150,15 @@ def test_a_chunk_that_is_there_already_is_dropped_and_acknowledged() -> None:
     actions = made.chunk_received(1, 0, True, 0.1)
     assert actions == [Send(1, Ack(ID, 0))]
     assert made.duplicate_count == 1
+
+
+def test_a_chunk_that_two_parents_have_sent_is_acknowledged_to_the_one_that_feeds() -> None:
+    made = relay()
+    made.chunk_received(1, 0, True, 0.1)
+    made.neighbour_lost(1, "reset", 0.2)
+    made.message_received(0, Accept(ID, 0, made.node.attempt, 8), 0.2)
+    assert said_to(0, made.chunk_received(0, 0, True, 0.3), Ack) == []
+    assert said_to(0, made.sink_wrote(0, 0.4), Ack) == [Ack(ID, 0)]
 
 
 def test_a_chunk_from_a_stranger_counts_and_the_stranger_is_told() -> None:
@@ -205,7 +214,7 @@ def test_a_sink_that_fails_takes_this_node_out_and_sends_its_children_on() -> No
     assert said_to(1, actions, Leave)
     (report,) = said_to(0, actions, Report)
     assert report.others == [[2, Verdict.FAILED, 1, "no space left"]]
-    refusals = made.message_received(3, Attach(ID, 0, 2, NOTHING, 0), 0.3)
+    refusals = made.message_received(3, Attach(ID, 0, 2, NOTHING, 0, 3, 0), 0.3)
     assert said_to(3, refusals, Refuse)
 
 
@@ -216,11 +225,11 @@ def test_a_copy_that_is_complete_already_is_only_read_back() -> None:
 
 def test_the_end_comes_down_and_late_comers_are_told() -> None:
     made = relay()
-    made.message_received(3, Attach(ID, CONTROL, 1, NOTHING, 0), 0.1)
+    made.message_received(3, Attach(ID, CONTROL, 1, NOTHING, 0, 3, 0), 0.1)
     actions = made.message_received(0, Finish(ID), 0.2)
     assert said_to(3, actions, Finish)
     assert isinstance(actions[-1], Finished)
-    late = made.message_received(4, Attach(ID, 0, 2, NOTHING, 0), 0.3)
+    late = made.message_received(4, Attach(ID, 0, 2, NOTHING, 0, 4, 0), 0.3)
     assert late == [Send(4, Finish(ID))]
 
 
@@ -279,7 +288,7 @@ def test_a_well_fed_child_declines_an_offer_and_a_starving_one_takes_it() -> Non
     fed = hop(3)
     fed.message_received(2, Accept(ID, 0, 1, 5), 0.0)
     fed.chunk_received(2, 0, True, 0.3)
-    offer = Adopt(ID, 0, 2, False, "silent")
+    offer = Adopt(ID, 0, 1, 2, False, "silent")
     assert said_to(1, fed.message_received(1, offer, 0.4), Leave)
     starving = hop(3)
     starving.message_received(2, Accept(ID, 0, 1, 5), 0.0)
@@ -289,18 +298,20 @@ def test_a_well_fed_child_declines_an_offer_and_a_starving_one_takes_it() -> Non
 
 def test_a_node_feeds_nobody_that_comes_before_it() -> None:
     made = relay()
-    actions = made.message_received(1, Attach(ID, 0, 9, NOTHING, 0), 0.1)
+    actions = made.message_received(1, Attach(ID, 0, 9, NOTHING, 0, 1, 0), 0.1)
     assert said_to(1, actions, Refuse)
-    assert said_to(4, made.message_received(4, Adopt(ID, 0, 1, True, ""), 0.1), Attach) == []
+    assert said_to(4, made.message_received(4, Adopt(ID, 0, 4, 1, True, ""), 0.1), Attach) == []
 
 
 def test_orphans_beyond_what_a_node_can_feed_are_referred_to_its_children() -> None:
     made = relay()
     for peer in (4, 5):
-        made.message_received(peer, Attach(ID, 0, 2, NOTHING, 0), 0.1)
-    (refusal,) = said_to(6, made.message_received(6, Attach(ID, 0, 2, NOTHING, 0), 0.1), Refuse)
+        made.message_received(peer, Attach(ID, 0, 2, NOTHING, 0, peer, 1), 0.1)
+    (refusal,) = said_to(
+        6, made.message_received(6, Attach(ID, 0, 2, NOTHING, 0, 6, 1), 0.1), Refuse
+    )
     assert refusal.instead in (3, 4, 5)
-    persistent = made.message_received(6, Attach(ID, 0, 2, NOTHING, 3), 0.1)
+    persistent = made.message_received(6, Attach(ID, 0, 2, NOTHING, 3, 6, 0), 0.1)
     assert said_to(6, persistent, Accept)
 
 
@@ -330,8 +341,10 @@ def test_a_parent_that_has_not_started_is_asked_again_for_a_moment() -> None:
         (7, Alive(ID, 0, 0, 0)),
         (1, Ack(ID, 8)),
         (1, Chunk(ID, 0)),
-        (1, Refuse(ID, 0, 1, 7, "")),
-        (3, Attach(ID, 0, 1, b"\x00\x00\x09", 0)),
+        (1, Refuse(ID, 0, 1, 7, 0, "")),
+        (3, Attach(ID, 0, 1, b"\x00\x00\x09", 0, 3, 0)),
+        (3, Attach(ID, 0, 1, NOTHING, 0, 7, 0)),
+        (3, Attach(ID, 0, 1, NOTHING, 0, -2, 0)),
         (3, Report(ID, NOTHING, NOTHING, [[1, 3, 1, ""]], [])),
         (3, Report(ID, NOTHING, NOTHING, [[7, 1, 1, ""]], [])),
         (3, Report(ID, NOTHING, NOTHING, [], ["note"])),
