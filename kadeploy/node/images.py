@@ -340,7 +340,6 @@ def _write_tar(order: WriteImage, stream: IO[bytes], directory: Path) -> dict[st
         raise _program_failed(tar, b"".join(complaint))
     if reader.fault:
         raise KaError(Code.EIO, f"the archive cannot be read: {reader.fault}")
-    os.sync()  # at once: every file's own fsync would wait for the file system's journal
     for name, member in reader.members.items():
         _compare(directory / name, member)
     return {"size": size, "file_count": len(reader.members), "verified": "read-back"}
