@@ -28,7 +28,11 @@ from kaboot.stage import needed_loaders
 __all__ = ["Finding", "check", "find_dnsmasq"]
 
 TEST_TIMEOUT_S = 10
+ANSWER_TIMEOUT_S = 5
 _SIOCGIFADDR = 0x8915
+_NFS_PORT = 2049
+_UNPACKERS = ((b"\x28\xb5\x2f\xfd", "zstd"), (b"\x1f\x8b", "gzip"), (b"\xfd7zX", "xz"))
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,7 @@ def check(inventory: Inventory) -> list[Finding]:
     """Return what is wrong, problems first."""
     found = [
         *_files(inventory),
+        *_diskless(inventory),
         *_programs(inventory),
         *_network(inventory),
         *_nodes(inventory),
@@ -53,7 +58,7 @@ def check(inventory: Inventory) -> list[Finding]:
 
 def find_dnsmasq() -> str | None:
     """Return the path of dnsmasq, which is in sbin."""
-    return shutil.which("dnsmasq", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    return shutil.which("dnsmasq", path=_PATH)
 
 
 def _files(inventory: Inventory) -> Iterator[Finding]:
@@ -73,6 +78,62 @@ def _files(inventory: Inventory) -> Iterator[Finding]:
             for parent in path.parents:
                 if parent.is_dir() and not parent.stat().st_mode & 0o001:
                     yield Finding(True, f"profile {profile.name}: chmod a+x {parent}")
+
+
+def _diskless(inventory: Inventory) -> Iterator[Finding]:
+    """What a root on NFS needs: a module for it, a server, an export."""
+    for profile in inventory.profiles.values():
+        if not profile.nfsroot:
+            continue
+        initrds = [Path(inventory.site.files, name) for name in profile.initrds]
+        if not any(_may_hold(path, b"/nfs.ko") for path in initrds if path.is_file()):
+            yield Finding(
+                True, f"profile {profile.name}: no NFS in its initrds: kaboot diskless makes one"
+            )
+        for export in profile.nfsroot:
+            problem = _export_problem(*export.split(":", 1))
+            if problem:
+                yield Finding(True, f"profile {profile.name}: {problem}")
+
+
+def _may_hold(initrd: Path, name: bytes) -> bool:
+    """Tell whether a packed initramfs may hold a name; it may if it cannot be looked into."""
+    with open(initrd, "rb", buffering=0) as file:
+        head = file.read(4)
+        unpacker = next((word for magic, word in _UNPACKERS if head.startswith(magic)), "")
+        if shutil.which(unpacker) is None:
+            return True
+        file.seek(0)
+        with subprocess.Popen([unpacker, "-dc"], stdin=file, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL) as process:  # fmt: skip
+            assert process.stdout is not None
+            rest = b""
+            while data := process.stdout.read(1 << 20):
+                if name in rest + data:
+                    process.kill()
+                    return True
+                rest = data[-len(name) :]
+    return False
+
+
+def _export_problem(address: str, path: str) -> str:
+    """Return why a path can probably not be mounted from a server, or nothing."""
+    try:
+        socket.create_connection((address, _NFS_PORT), timeout=ANSWER_TIMEOUT_S).close()
+    except OSError as error:
+        return f"no NFS server answers at {address} ({error}): nfsp export, on that gateway"
+    # A server of NFSv4 alone keeps no list, and who lacks the program cannot ask for it.
+    try:
+        listed = subprocess.run(
+            ["showmount", "--exports", "--no-headers", address], capture_output=True, text=True,
+            check=True, timeout=ANSWER_TIMEOUT_S, env={**os.environ, "PATH": _PATH},
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    exports = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    if any(Path(path).is_relative_to(export) for export in exports):
+        return ""
+    return f"{address} does not export {path}: nfsp export, on that gateway"
 
 
 def _programs(inventory: Inventory) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import click
 
 from common import cli, log, nodeset
 from kaboot import check as checks
-from kaboot import dhcp, scripts, server, stage, views
+from kaboot import dhcp, diskless, scripts, server, stage, views, words
 from kaboot import inventory as inventory_file
 from kaboot.control import Control
 from kaboot.steps import Action
@@ -231,6 +231,20 @@ def forget(config: Path, names: tuple[str, ...]) -> None:
     with Control.open(config) as control:
         for mac in control.forget(names):
             click.echo(f"forgot {mac}")
+
+
+@kaboot.command("diskless", epilog="Example: kaboot diskless /srv/nfsp/debian debian")
+@click.argument("root", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("name")
+@click.pass_obj
+def make_diskless(config: Path, root: Path, name: str) -> None:
+    """Make what boots the system in ROOT from an NFS server: a kernel and an initramfs.
+
+    They are put into the directory NAME below `files`, as a profile with `nfsroot` names them.
+    """
+    files = Path(inventory_file.load(config).site.files)
+    for line in diskless.make_diskless(root, files / words.check_path(name, "NAME")):
+        click.echo(line)
 
 
 def _lines(lines: list[str]) -> None:

@@ -34,6 +34,9 @@ __all__ = ["SITE_SERVERS", "TFTP_FILES", "dnsmasq_conf", "dnsmasq_hosts", "site_
 IPXE_OPTION = 175
 """The DHCP option by which iPXE makes itself known (iPXE's encapsulated options)."""
 
+_NO_PXE_DHCP = 176
+"""Of iPXE's encapsulated options: 1 to take no proxy's offer."""
+
 _OTHER = "other-loader"
 """The tag of nodes that get the loader which is not the site's."""
 
@@ -130,7 +133,11 @@ def _matches() -> list[str]:
 
 
 def _boots(site: Site) -> list[str]:
-    lines = [f"dhcp-boot=tag:ipxe,{site.url}/boot.ipxe"]
+    lines = [
+        f"dhcp-boot=tag:ipxe,{site.url}/boot.ipxe",
+        # All is said here: iPXE need not wait some seconds for a proxy's offer.
+        f"dhcp-option=tag:ipxe,encap:{IPXE_OPTION},{_NO_PXE_DHCP},1b",
+    ]
     for client in _CLIENTS:
         for tag, program in _choices(site, client):
             first = f"tag:!ipxe,tag:{client.tag}{tag}"

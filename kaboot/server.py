@@ -30,7 +30,8 @@ from kaboot import inventory as inventory_file
 from kaboot.control import Control, store_path
 from kaboot.dnsmasq import Dnsmasq
 from kaboot.http import serve_http
-from kaboot.model import Inventory
+from kaboot.model import Inventory, Mode
+from kaboot.no_router import answer_solicitations
 from kaboot.privileges import become
 from kaboot.service import Service
 from kaboot.stage import Staged, owned, stage, stage_dhcp
@@ -103,6 +104,8 @@ async def _run(
         nursery.start_soon(on_signal, stop)
         nursery.start_soon(dnsmasq.run)
         nursery.start_soon(serve_http, http, service.handle)
+        if inventory.site.mode is Mode.DHCP:
+            nursery.start_soon(answer_solicitations, inventory.site.interface)
         nursery.start_soon(_Watcher(path, file, service, store, dnsmasq).run)
         await dnsmasq.started.wait()
         _log.info("serve.started", url=inventory.site.url, mode=inventory.site.mode.value)

@@ -409,20 +409,37 @@ def mkenv(
 @kadeploy.command("record", epilog="Example: kadeploy record -w pc1 / root.tar.zst")
 @click.option("-w", "node", metavar="NODE", help="A node by ssh.  [default: this machine]")
 @click.option("--kind", type=click.Choice(recording.KINDS), default="tar", show_default=True)
+@click.option(
+    "--compression", type=click.Choice(list(recording.COMPRESSIONS)), default="zstd",
+    show_default=True, help="none: zeros become holes.",
+)  # fmt: skip
 @click.option("--filesystem", default="ext4", show_default=True, help="Of a partclone image.")
 @click.argument("source")
 @click.argument("destination", type=click.Path(path_type=Path))
 @click.pass_obj
 def record(
-    config: Path, node: str | None, kind: str, filesystem: str, source: str, destination: Path
+    config: Path,
+    node: str | None,
+    kind: str,
+    compression: str,
+    filesystem: str,
+    source: str,
+    destination: Path,
 ) -> None:
-    """Capture SOURCE, a directory or a device, as an image compressed with zstd."""
+    """Capture SOURCE, a directory or a device, as an image."""
     prefix: list[str] = []
     if node is not None:
         found = settings.load(config)
         spec = descriptions.read_nodes(found.nodes).get(node)
         options = replace(found.ssh, known_hosts="")
         prefix = options.words(spec.address.partition("/")[0] or node, environment=False)
-    captured = recording.record(kind, source, destination, filesystem=filesystem, prefix=prefix)
+    captured = recording.record(
+        kind,
+        source,
+        destination,
+        compression=compression,
+        filesystem=filesystem,
+        prefix=prefix,
+    )
     for line in captured:
         click.echo(line)

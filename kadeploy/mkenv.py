@@ -23,11 +23,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import initramfs
 from common.errors import Code, KaError
 from common.sizes import format_size
 from kadeploy.links import MARKER
 
-__all__ = ["PACKAGES", "Request", "make_environment", "make_site", "pack_root"]
+__all__ = [
+    "PACKAGES",
+    "UNWANTED",
+    "Request",
+    "make_environment",
+    "make_site",
+    "pack_root",
+    "remove",
+]
 
 PACKAGES = (
     "busybox", "btrfs-progs", "dosfstools", "e2fsprogs", "efibootmgr", "fdisk",
@@ -43,12 +52,21 @@ EXCLUDED = (
     "/usr/share/zoneinfo/*", "/lib/udev/hwdb.d/*",
 )  # fmt: skip
 """What is large and nobody in the environment asks for: every machine loads it at every start."""
+_NO_DRIVERS = (
+    "arch/x86/kvm", "drivers/bluetooth", "drivers/comedi", "drivers/gpu", "drivers/iio",
+    "drivers/isdn", "drivers/media", "drivers/net/wireless", "drivers/staging", "drivers/target",
+    "fs/ceph", "fs/gfs2", "fs/nfs", "fs/nfsd", "fs/ocfs2", "fs/smb", "net/batman-adv",
+    "net/bluetooth", "net/bridge", "net/ceph", "net/mac80211", "net/netfilter", "net/openvswitch",
+    "net/sched", "net/sctp", "net/sunrpc", "net/tipc", "net/wireless", "sound",
+)  # fmt: skip
+UNWANTED = (
+    *(f"usr/lib/modules/*/kernel/{name}" for name in _NO_DRIVERS),
+    "usr/lib/grub/*/monolithic",
+    "var/lib/dpkg/info",
+)
+"""What packages bring that has no part in writing disks: it would fill every machine's memory."""
 MERGED_USR = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
 """From the start: else a package does it, and brings all of Perl with it."""
-EPOCH = 1_700_000_000
-"""Time of everything in the image."""
-PACKER = ("zstd", "-q", "-9", "-T0", "-c")
-"""The same bytes with any number of threads."""
 HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
 
 # The kernel is unpacked, not installed: its scripts would make an initramfs that nobody wants.  A
@@ -151,6 +169,7 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
     (kernel,) = sorted((root / "boot").glob("vmlinuz-*"))
     version = kernel.name.removeprefix("vmlinuz-")
     shutil.copyfile(kernel, directory / "vmlinuz")
+    remove(root, UNWANTED)
     _run(["depmod", "--basedir", str(root), version])
     _write(root / "init", INIT, 0o755)
     _write(root / "etc/udhcpc", UDHCPC, 0o755)
@@ -162,14 +181,19 @@ def pack_root(root: Path, directory: Path) -> Iterator[str]:
         link.unlink(missing_ok=True)
         link.symlink_to("/usr/bin/busybox")  # there is no systemd to do it
     _copy_libraries(root)
-    for pattern in ("etc/ssh/ssh_host_*", "boot/*", "var/log/*", "var/cache/apt/*", "tmp/*",
-                    "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"):  # fmt: skip
-        for path in root.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    remove(root, ("etc/ssh/ssh_host_*", "boot/*", "var/log/*", "var/cache/apt/*", "tmp/*",
+                  "var/lib/apt/lists/*", "var/cache/ldconfig/*", "etc/machine-id"))  # fmt: skip
     _compile(root)
-    _pack(root, directory / "initrd.img")
+    initramfs.pack(root, directory / "initrd.img")
     yield f"{directory / 'vmlinuz'}: {version}"
     yield f"{directory / 'initrd.img'}: {format_size((directory / 'initrd.img').stat().st_size)}"
+
+
+def remove(root: Path, patterns: Sequence[str]) -> None:
+    """Remove what matches a pattern below a root, directories whole."""
+    for pattern in patterns:
+        for path in root.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _compile(root: Path) -> None:
@@ -212,7 +236,7 @@ def make_site(directory: Path, keys: Sequence[str]) -> Iterator[str]:
         _write(root / "root/.ssh/authorized_keys", "".join(f"{one}\n" for one in keys), 0o600)
         (root / "root").chmod(0o700)
         (root / "root/.ssh").chmod(0o700)
-        _pack(root, directory / "site.img")
+        initramfs.pack(root, directory / "site.img")
     yield f"{directory / 'site.img'}: {len(keys)} keys may enter"
     yield f"{directory / 'known_hosts'}: for the configuration's ssh.known_hosts"
 
@@ -224,34 +248,8 @@ def _write(path: Path, text: str, mode: int) -> None:
     path.chmod(mode)
 
 
-def _pack(root: Path, target: Path) -> None:
-    """Write a tree as a compressed initramfs, the same for the same tree."""
-    names = []
-    for directory, below, files in os.walk(root):
-        for name in (*below, *files):
-            path = Path(directory, name)
-            os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
-            names.append(os.fsencode(path.relative_to(root)))
-    words = ["cpio", "--quiet", "--null", "--create", "--format=newc", "--reproducible",
-             "--owner=+0:+0"]  # fmt: skip
-    with tempfile.TemporaryFile() as listing:
-        listing.write(b"\0".join(sorted(names)) + b"\0")
-        listing.seek(0)
-        with (
-            open(target, "wb") as file,
-            subprocess.Popen(words, cwd=root, stdin=listing, stdout=subprocess.PIPE) as cpio,
-            subprocess.Popen(PACKER, stdin=cpio.stdout, stdout=file) as packer,
-        ):
-            assert cpio.stdout is not None
-            cpio.stdout.close()
-    for process in (cpio, packer):
-        if process.returncode != 0:
-            raise KaError(Code.EIO, f"cpio or zstd failed ({process.returncode})")
-    target.chmod(0o644)
-
-
 def _run(words: Sequence[str]) -> None:
-    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(EPOCH)}
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": str(initramfs.EPOCH)}
     done = subprocess.run(words, capture_output=True, env=environment)
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines()[-3:]

@@ -15,14 +15,18 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from common.errors import Code, KaError
 from common.sizes import format_size
 
-__all__ = ["KINDS", "record"]
+__all__ = ["COMPRESSIONS", "KINDS", "record"]
 
 KINDS = ("tar", "raw", "partclone")
+COMPRESSIONS = {"zstd": ("zstd", "-q", "-T0", "-c"), "none": ("cat",)}
 COPY_SIZE = 1 << 20
+ZEROS = bytes(1 << 16)
+"""So many together, and whole multiples, become a hole of the image."""
 _TAR = (
     "tar", "--create", "--one-file-system", "--numeric-owner", "--xattrs", "--xattrs-include=*",
     "--acls", "--sparse", "--sort=name", "--exclude=./tmp/*", "--exclude=./var/tmp/*",
@@ -41,7 +45,13 @@ def command(kind: str, source: str, filesystem: str) -> list[str]:
 
 
 def record(
-    kind: str, source: str, destination: Path, *, filesystem: str, prefix: Sequence[str] = ()
+    kind: str,
+    source: str,
+    destination: Path,
+    *,
+    compression: str,
+    filesystem: str,
+    prefix: Sequence[str] = (),
 ) -> Iterator[str]:
     """Capture an image, by *prefix* on another machine; yield what was made."""
     if not source.startswith("/"):
@@ -57,7 +67,7 @@ def record(
             open(draft, "wb") as file,
             tempfile.TemporaryFile() as errors,  # partclone says more than a pipe holds
             subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=-1, stderr=errors) as reader,
-            subprocess.Popen(["zstd", "-q", "-T0", "-c"], stdin=reader.stdout, stdout=-1) as packer,
+            subprocess.Popen(COMPRESSIONS[compression], stdin=reader.stdout, stdout=-1) as packer,
         ):
             assert reader.stdout is not None
             assert packer.stdout is not None
@@ -65,7 +75,8 @@ def record(
             while data := packer.stdout.read(COPY_SIZE):
                 digest.update(data)
                 size += len(data)
-                file.write(data)
+                _write(file, data)
+            file.truncate(size)  # it may end with a hole
             reader.wait()
             packer.wait()
             errors.seek(0)
@@ -81,6 +92,16 @@ def record(
         draft.unlink(missing_ok=True)
     yield f"{destination}: {format_size(size)}"
     yield (
-        f"- {{file: {destination.name}, kind: {kind}, compression: zstd,"
+        f"- {{file: {destination.name}, kind: {kind}, compression: {compression},"
         f' checksum: "sha256:{digest.hexdigest()}", partition: PARTITION}}'
     )
+
+
+def _write(file: IO[bytes], data: bytes) -> None:
+    """Write data, leaving out what are only zeros."""
+    for at in range(0, len(data), len(ZEROS)):
+        piece = data[at : at + len(ZEROS)]
+        if piece == ZEROS:
+            file.seek(len(piece), os.SEEK_CUR)
+        else:
+            file.write(piece)

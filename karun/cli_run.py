@@ -70,8 +70,8 @@ def run(session: str | None, **options: Any) -> None:
     sys.exit(running.main(where, Options(**rest)))
 
 
-def in_session(words: Sequence[str]) -> tuple[str, Options]:
-    """Return nodes ("": all) and options of a command whose nodes are connected already.
+def in_session(words: Sequence[str]) -> tuple[str | None, Options]:
+    """Return nodes (None: all) and options of a command whose nodes are connected already.
 
     Raises KaError USAGE, also for an option that says how nodes are reached.
     """
@@ -83,4 +83,4 @@ def in_session(words: Sequence[str]) -> tuple[str, Options]:
     require_no_launch(context, ("mpi", "ranks"))
     where, rest = split(dict(context.params))
     del rest["session"]
-    return ",".join(where.nodes), Options(**rest)
+    return ",".join(where.nodes) if where.nodes else None, Options(**rest)

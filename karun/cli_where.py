@@ -18,7 +18,7 @@ __all__ = [
 ]  # fmt: skip
 
 session_option = click.option(
-    "--session", metavar="NAME", help="On the nodes of a session, or those of -w; without a launch."
+    "--session", metavar="NAME", help="On the nodes of a session (karun session start); all, or -w."
 )
 sudo_option = click.option(
     "--sudo", is_flag=True, help="On the nodes as root: sudo -n, which asks for no password."

@@ -11,6 +11,7 @@ Unix socket:
     INTERRUPT: Ctrl-C; UNREAD: nobody reads output ->
                                                    <-  WRITE(data) to the stream, ROOM, END(code)
     STOP, INFO: karun/sessions.py                  ->
+    JOIN: karun/session_wire.py                    ->
 """
 
 from __future__ import annotations

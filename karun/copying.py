@@ -19,11 +19,10 @@ import trio
 
 from common.broadcast.source import spool_stream
 from common.errors import Code, KaError, from_errno
-from karun import broadcasting
 from karun.agent import place
 from karun.agent.process import CODE_NOT_FOUND
 from karun.copied import Copied, CopyOptions, Step, with_latecomers
-from karun.crew import Crew, Outcome
+from karun.crew import Crew, Outcome, require_file_names
 from karun.reasons import refusal
 from karun.results import printable
 
@@ -71,7 +70,9 @@ async def copy(
         if _may_ride(crew, items, destination, options):
             results = await _ride(crew, items, destination, sudo=options.sudo)
         else:
-            sending = broadcasting.Broadcast(crew, destination, options, on_progress, on_output)
+            from karun.broadcasting import Broadcast  # loading it takes longer than small files do
+
+            sending = Broadcast(crew, destination, options, on_progress, on_output)
             results = await sending.send(items)
         return with_latecomers(results, crew.came_s)
     finally:
@@ -90,15 +91,7 @@ def _check(
     if options.command and len(sources) > 1:
         raise KaError(Code.USAGE, "a command takes one source")
     if "%h" in destination.replace("%%", ""):
-        check_names(nodes)
-
-
-def check_names(nodes: Sequence[str]) -> None:
-    """Raise KaError USAGE for a node whose name cannot be that of a file."""
-    for node in nodes:
-        if "/" in node or node in ("", ".", ".."):
-            reason = f"node {node!r} would leave the directory: its name is to be a file's"
-            raise KaError(Code.USAGE, reason)
+        require_file_names(nodes)
 
 
 def _look_at(sources: Sequence[str]) -> list[Item]:

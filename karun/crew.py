@@ -19,7 +19,7 @@ from karun.feed import CHUNK_SIZE
 from karun.orders import TIMEOUT, Command, Invocation, Orders, Sink
 from karun.results import CODE_STOPPED, CODE_TIMED_OUT, STAGE_STOPPED
 
-__all__ = ["Crew", "Outcome", "Recorder", "alone", "require_distinct"]
+__all__ = ["Crew", "Outcome", "Recorder", "alone", "require_distinct", "require_file_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +227,14 @@ def require_distinct(nodes: Sequence[str]) -> None:
         raise KaError(Code.USAGE, "no nodes")
     if len(set(nodes)) != len(nodes):
         raise KaError(Code.USAGE, "a node is named twice")
+
+
+def require_file_names(nodes: Sequence[str]) -> None:
+    """Raise KaError USAGE for a node whose name cannot be that of a file."""
+    for node in nodes:
+        if "/" in node or node in ("", ".", ".."):
+            reason = f"node {node!r} would leave the directory: its name is to be a file's"
+            raise KaError(Code.USAGE, reason)
 
 
 def alone(error: BaseException) -> BaseException:

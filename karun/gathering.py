@@ -25,8 +25,7 @@ from karun.agent import frames
 from karun.agent.give import SUM_SIZE
 from karun.agent.heavy import HEAVY
 from karun.copied import Copied, Step
-from karun.copying import check_names
-from karun.crew import Crew
+from karun.crew import Crew, require_file_names
 from karun.feed import CHUNK_SIZE
 from karun.orders import Invocation
 from karun.reasons import refusal
@@ -52,7 +51,7 @@ async def gather(
     on_progress: Callable[[Step], None] | None,
 ) -> list[Copied]:
     """See `karun.crew.Crew.gather`."""
-    check_names(crew.nodes)
+    require_file_names(crew.nodes)
     try:
         await trio.to_thread.run_sync(lambda: os.makedirs(directory, exist_ok=True))
     except OSError as error:

@@ -43,12 +43,12 @@ SESSION = -1
 class Joined(Crew):
     """Nodes of a session; an async context manager.  They are known when it is entered."""
 
-    def __init__(self, session: str, nodes: Sequence[str] = ()) -> None:
-        """*nodes*: some of its nodes; none: all."""
-        if nodes:
+    def __init__(self, session: str, nodes: Sequence[str] | None = None) -> None:
+        """*nodes*: some of its nodes; None: all.  Raises KaError USAGE."""
+        if nodes is not None:
             require_distinct(nodes)
         self.session = session
-        self.nodes = list(nodes)
+        self.nodes = list(nodes or ())
         self._orders: _Orders | None = None
 
     async def __aenter__(self) -> Joined:
@@ -165,6 +165,8 @@ class _Orders:
                 self._heard(kind, rank, wire.fields_of(kind, payload))
         except (trio.BrokenResourceError, trio.EndOfChannel):
             raise KaError(Code.UNREACHABLE, "the session has ended") from None
+        except frames.FrameError as error:
+            raise KaError(Code.PROTOCOL, f"the session said what it should not: {error}") from None
 
     async def _next(self) -> tuple[int, int, bytes]:
         """Return a frame; raises EndOfChannel after the last."""

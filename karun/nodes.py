@@ -125,6 +125,8 @@ def select(
 
     Raises KaError USAGE when a part cannot be read, or nothing is left.
     """
+    if not (where or in_groups or hostfiles or everyone):
+        raise KaError(Code.USAGE, "no nodes: name some by -w, -g, -a or --hostfile")
     site = groups or Groups()
     chosen: set[str] = set(site.everyone()) if everyone else set()
     for text in where:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import trio
 
-from common import nodeset
 from common.errors import Code, KaError
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
@@ -109,12 +108,11 @@ class InSession:
 
     session: str
     nodes: tuple[str, ...]
-    """None: all."""
+    """What -w says; if it is not said, all are meant."""
 
     def crew(self) -> Crew:
         """Return these nodes, not yet joined; raises KaError USAGE."""
-        chosen = nodeset.expand(",".join(self.nodes)) if self.nodes else ()
-        return api.Joined(self.session, chosen)
+        return api.Joined(self.session, nodes.select(self.nodes) if self.nodes else None)
 
 
 def main(where: Where, options: Options) -> int:

@@ -173,7 +173,7 @@ class _Server:
     async def _command(self, wire: _Wire, words: list[str]) -> int:
         nodes, options = cli_run.in_session(words)
         options = _files_in(wire.directory, options)
-        ranks = self._ranks(nodeset.expand(nodes) if nodes else self._run.nodes)
+        ranks = self._ranks(self._run.nodes if nodes is None else nodeset.expand(nodes))
         names = Names([self._run.nodes[rank] for rank in ranks])
         with printing(options, names, wire) as printer:
             sink = _Sink(printer, ranks, wire)
@@ -193,6 +193,8 @@ class _Server:
         return client.INTERRUPTED if wire.is_interrupted else code
 
     def _ranks(self, names: Sequence[str]) -> list[int]:
+        if not names:
+            raise KaError(Code.USAGE, "no nodes: -w names an empty set")
         known = {name: rank for rank, name in enumerate(self._run.nodes)}
         strangers = [name for name in names if name not in known]
         if strangers:

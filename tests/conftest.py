@@ -3,6 +3,8 @@
 * A test marked `fuse`, `uml` or `vm` is skipped, with the reason, where the machine cannot run it.
 * With xdist (`make test`) a module stays on one worker, so its cluster is made once; all tests
   that boot one kind of kernel share one worker, which bounds memory.  Long groups start first.
+  A worker of root's has mounts of its own: what another one starts in a mount namespace would keep
+  its file systems mounted, and their devices busy.
 * After each module nothing may be left mounted or running; what is left fails the module and is
   then removed, so that later tests do not suffer from it.
 """
@@ -19,13 +21,15 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from tests.support import boot_lab, leaks
+from tests.support import boot_lab, leaks, own_mounts
 
 TOKEN = uuid.uuid4().hex[:8]
 UML_TOOLS = ("linux.uml", "rpcbind", "exportfs", "mount.nfs")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config, "workerinput") and os.geteuid() == 0:
+        own_mounts.unshare()
     # How long an example takes says more about the machine than about the code.
     settings.register_profile("ka", deadline=None, print_blob=True)
     settings.load_profile("ka")

@@ -117,7 +117,7 @@ class Casting:
 
     async def _send(self, sock: socket.socket) -> None:
         ledger = self._hop.node.ledger
-        count = max(1, ledger.ready.bit_count())
+        count = max(1, (ledger.ready & ledger.open_ranks()).bit_count())
         sender = Sender(self._manifest, count, self._options(), chunks=ledger.lacking)
         self._sender = sender
         self._total_s = trio.current_time()

@@ -78,8 +78,8 @@ class MulticastOptions:
     loss_quorum: float = 0.34
     """Of receivers: loss of a chunk counts if so many report it.  What is lost in the common part
     of the network, all lose."""
-    burst_s: float = 0.005
-    """A shell that was late may catch up so much."""
+    burst_size: int = 256 * 1024
+    """Bytes: a shell that was late may catch up so much.  Less than what networks queue."""
     hold_s: float = 0.05
     """How long gaps are gathered before they are reported."""
     repeat_s: float = 0.5
@@ -245,7 +245,7 @@ class Sender:
             return self._next_sign(now)
         self._all_sent = False
         self._sent_count += 1
-        late_s = min(now - self.wake_s, self._options.burst_s)
+        late_s = min(now - self.wake_s, self._options.burst_size / self.rate)
         self.wake_s = now - late_s + (found.size + FRAME_OVERHEAD) / self.rate
         return found
 

@@ -28,6 +28,7 @@ from kadeploy.orders import MountPoint, Place
 __all__ = [
     "check",
     "facts",
+    "filesystem_of",
     "flush",
     "flushed",
     "mounted",

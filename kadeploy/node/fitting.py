@@ -33,8 +33,9 @@ def fit(order: Fit, root: Path) -> None:
     devices.check(place)
     if place.number == 0:
         place = _fit_table(order)
-    if order.filesystem:
+    elif order.filesystem:
         _require(place, order.filesystem)
+    if order.filesystem:
         _grow(place, order.filesystem, root)
 
 

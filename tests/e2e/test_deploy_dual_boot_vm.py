@@ -8,7 +8,6 @@ boot store made without it.
 from __future__ import annotations
 
 import gzip
-import hashlib
 import io
 import json
 import re
@@ -23,11 +22,11 @@ import pytest
 from kadeploy import archive, descriptions
 from kadeploy.disks import facts_from_json
 from kadeploy.environment import MIB
-from kadeploy.mkenv import INIT, PACKAGES, Request, make_environment
+from kadeploy.mkenv import INIT
 from kadeploy.nodes import NodeDisk, Nodes, NodeSpec
 from kadeploy.orders import Order, Place, to_json
 from kadeploy.plan import NodePlan, make_plan
-from tests.support import boot_image, deploy, firmware_vm, hives, ntfs
+from tests.support import boot_image, deploy, deploy_image, firmware_vm, hives, ntfs
 from tests.support.firmware_vm import Machine
 from tests.support.loop_disk import checksum, loop_disk, partition, run
 
@@ -108,11 +107,7 @@ echo "{IN_LINUX}" >/dev/console
 @pytest.fixture(scope="module", name="environment")
 def _environment(pytestconfig: pytest.Config) -> Path:
     """The deployment environment, kept in pytest's cache: minutes to make."""
-    key = hashlib.sha256(" ".join(PACKAGES).encode()).hexdigest()[:12]
-    directory = Path(pytestconfig.cache.mkdir("deploy")) / key
-    if not (directory / "known_hosts").exists():  # made last
-        list(make_environment(Request(directory, ())))
-    return directory
+    return deploy_image.environment(Path(pytestconfig.cache.mkdir("deploy")))
 
 
 @pytest.fixture(scope="module", name="images")

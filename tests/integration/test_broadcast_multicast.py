@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +14,11 @@ import trio
 
 from common.broadcast import casting, datagram, group
 from common.broadcast.datagram import DatagramCodec, DatagramKind
+from common.broadcast.depot import BEHIND_COUNT
 from common.broadcast.node import HopOptions
+from common.broadcast.sink import FileSink
 from common.broadcast.topology import Kind
+from common.broadcast.transfer import Progress
 from common.errors import Code, KaError
 from tests.support.transfers import (
     CHUNK_SIZE,
@@ -58,9 +62,9 @@ async def copy(directory: Path, party: Party | None = None) -> tuple[int, dict[i
     """Copy; return what has left the source, and the notes."""
     sent_size = 0
 
-    def told(progress: object) -> None:
+    def told(progress: Progress) -> None:
         nonlocal sent_size
-        sent_size = progress.sent_size  # type: ignore[attr-defined]
+        sent_size = progress.sent_size
 
     party = party or Party(shape(Kind.MULTICAST, NODES), PACED)
     sinks = file_sinks(directory, NODES)
@@ -178,3 +182,34 @@ def test_a_node_that_stops_or_dies_in_the_pass_holds_nobody_up(
                 assert node.wait() == 0
         assert processes.source.report["sent_size"] < 1.2 * SIZE
     check_files(tmp_path, data, rank)
+
+
+class SlowSink(FileSink):
+    """A disk that takes some time for each chunk, and is never written to but by the thread."""
+
+    is_prompt = False
+    most_count = 0
+
+    def write(self, chunks: Sequence[tuple[int, memoryview]]) -> list[int]:
+        self.most_count = max(self.most_count, len(chunks))
+        time.sleep(0.02 * len(chunks))
+        return super().write(chunks)
+
+
+async def test_a_sink_that_cannot_follow_holds_little_and_holds_up_nobody(tmp_path: Path) -> None:
+    data = random_file(tmp_path / "source", SIZE)
+    party = Party(shape(Kind.MULTICAST, NODES), PACED)
+    slow = SlowSink(str(tmp_path / "out5"))
+    sinks = {**file_sinks(tmp_path, NODES), NODES: slow}
+    verified_s: list[tuple[int, float]] = []
+
+    def told(progress: Progress) -> None:
+        if not verified_s or verified_s[-1][0] != progress.verified_count:
+            verified_s.append((progress.verified_count, trio.current_time()))
+
+    summary = await party.run(tmp_path / "source", sinks, on_progress=told)
+    assert summary.verified == EVERYBODY
+    check_files(tmp_path, data)
+    others_s = next(now for count, now in verified_s if count >= NODES - 1)
+    assert verified_s[-1][1] - others_s > 0.5  # the last one was behind, and alone in it
+    assert slow.most_count <= BEHIND_COUNT + 2

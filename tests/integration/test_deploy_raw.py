@@ -17,7 +17,7 @@ import trio
 from common.broadcast.cost import Network
 from common.broadcast.planner import Request, make_plan
 from common.errors import Code, KaError
-from kadeploy import broadcast
+from kadeploy import broadcast, recording
 from kadeploy.environment import MIB
 from kadeploy.node import devices
 from kadeploy.orders import MountPoint, Place, WriteImage
@@ -174,6 +174,21 @@ def test_deploy_raw_of_an_image_that_is_not_the_descriptions_fails(tmp_path: Pat
         order = order_for(device, tmp_path / "disk", b"another")
         (report,) = at_once(image, {"pc1": order}, tmp_path).reports.values()
         assert "its sum differs" in report
+
+
+def test_deploy_raw_that_was_recorded_uncompressed_is_sparse_and_deploys(tmp_path: Path) -> None:
+    data = os.urandom(MIB + 512) + bytes(9 * MIB) + os.urandom(MIB) + bytes(5 * MIB)
+    image = tmp_path / "image"
+    with loop_disk(tmp_path / "golden", len(data)) as device:
+        Path(device).write_bytes(data)
+        lines = recording.record("raw", device, image, compression="none", filesystem="")
+        assert f'compression: none, checksum: "{checksum(data)}"' in list(lines)[-1]
+    assert image.read_bytes() == data
+    assert image.stat().st_blocks * 512 < 3 * MIB
+    with loop_disk(tmp_path / "disk", DISK_SIZE) as device:
+        sent = at_once(image, {"pc1": order_for(device, tmp_path / "disk", data)}, tmp_path)
+        assert sent.reports == {"pc1": ""}
+        assert sent.size < 3 * MIB
 
 
 # ---------------------------------------------------------------- disks that fail

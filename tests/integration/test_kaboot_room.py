@@ -156,6 +156,41 @@ def test_in_mode_site_only_files_are_served_and_no_address_is_given(lab: boot_la
         assert copy.read_bytes() == (lab.directory / "state/tftp" / name).read_bytes()
 
 
+# Asks again and again: a card's IPv6 address is not usable at once.
+ASK_FOR_A_ROUTER = """
+import socket, time
+asker = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+asker.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, int({hops}))
+asker.settimeout(0.5)
+for _ in range({tries}):
+    try:
+        asker.sendto(bytes([133, 0, 0, 0, 0, 0, 0, 0]), ("ff02::2%eth0", 0))
+        while (packet := asker.recv(1500))[0] != 134:
+            pass
+        print(packet[:2].hex(), packet[4:].hex())
+        break
+    except OSError:
+        time.sleep(0.2)
+"""
+
+
+def router_of(lab: boot_lab.Lab, *, hops: int = 255, tries: int = 20) -> str:
+    script = ASK_FOR_A_ROUTER.format(hops=hops, tries=tries)
+    command = lab.inside([sys.executable, "-c", script], foreign=True)
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+def test_who_asks_for_an_ipv6_router_is_told_that_there_is_none(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY)
+    assert router_of(lab) == f"8600 {bytes(12).hex()}\n"
+    assert router_of(lab, hops=254, tries=2) == "", "it may come from another network"
+
+
+def test_in_a_network_of_another_dhcp_server_nobody_is_told_of_routers(lab: boot_lab.Lab) -> None:
+    lab.serve(INVENTORY.replace('state = "state"', 'state = "state"\nmode = "proxy"'))
+    assert router_of(lab, tries=6) == ""
+
+
 def problems(lab: boot_lab.Lab) -> list[str]:
     """What `kaboot check` in the room finds of DHCP servers."""
     command = [sys.executable, "-c", "from kaboot.cli import main; main()"]

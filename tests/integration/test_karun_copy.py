@@ -396,6 +396,28 @@ async def test_nodes_reached_by_ssh_feed_each_other(tmp_path: Path, sshd: Sshd) 
     assert (tmp_path / f"small-{addresses(6)[5]}").read_bytes() == few
 
 
+async def test_nodes_whose_ssh_server_starts_later_are_waited_for(tmp_path: Path) -> None:
+    data = random_file(tmp_path / "source", 200_000)
+    (tmp_path / "sshd").mkdir()
+    try:
+        server = Sshd(tmp_path / "sshd")
+        with server:  # makes the keys, and the configuration
+            pass
+    except KaError as error:
+        pytest.skip(str(error))
+    connector = api.connector("ssh", ssh_config=str(server.config), connect_s=60.0)
+    limits = Limits(connect_s=60.0, late_s=60.0)
+    async with Run(addresses(3), connector, limits=limits) as run:
+        with trio.move_on_after(1.0):
+            await run.launched()  # every call is refused
+        assert run.engine.launching_count == 3
+        with server:
+            results = await run.copy([str(tmp_path / "source")], f"{tmp_path}/%h")
+    assert reasons(results) == {}
+    assert all("reached only after" in result.note for result in results)
+    check(tmp_path, addresses(3), data)
+
+
 @pytest.mark.parametrize("options", [CopyOptions(), BROADCAST], ids=["riding", "broadcast"])
 async def test_nodes_reached_by_rsh_are_copied_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: CopyOptions

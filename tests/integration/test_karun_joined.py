@@ -16,7 +16,7 @@ import trio
 
 import karun
 from common.errors import Code, KaError
-from karun import archive, session_wire
+from karun import archive, client, session_wire
 from karun.agent import frames
 from karun.copied import CopyOptions
 from tests.support.copies import process_writing, random_file
@@ -224,6 +224,10 @@ def test_a_node_that_the_session_has_lost_is_named(tmp_path: Path) -> None:
          "-x does not go with --session (of its nodes -w chooses some)"),
         (["copy", "--session", "default", "-w", "n[6-8]", "/etc/passwd", "b"], 2,
          "not in this session: n[7-8]"),
+        (["copy", "--session", "default", "-w", "", "/etc/passwd", "b"], 2,
+         "no nodes: -w names an empty set"),
+        (["run", "--session", "default", "-w", "", "true"], 2, "no nodes: -w names an empty set"),
+        (["copy", "/etc/passwd", "b"], 2, "no nodes: name some by -w, -g, -a or --hostfile"),
         (["gather", "--session", "nope", "a", "b"], 3,
          "no session 'nope' (karun session start --name nope -w ...)"),
         (["copy", "--session", "../x", "a", "b"], 2, "not a name for a session: '../x'"),
@@ -330,8 +334,9 @@ async def test_a_cancelled_command_ends_on_the_nodes_and_others_go_on(tmp_path: 
 
 @pytest.mark.usefixtures("runtime")
 async def test_what_a_session_cannot_do_is_a_usage_error() -> None:
-    with pytest.raises(KaError, match="named twice"):
-        karun.Joined("default", ["n1", "n1"])
+    for names, why in ((["n1", "n1"], "a node is named twice"), ([], "no nodes")):
+        with pytest.raises(KaError, match=why):
+            karun.Joined("default", names)
     joined = karun.Joined("default")
     with pytest.raises(KaError, match="not joined"):
         await joined.command(["true"])
@@ -339,3 +344,29 @@ async def test_what_a_session_cannot_do_is_a_usage_error() -> None:
         async with karun.Joined("default", ["n9"]):
             pass
     assert caught.value.code is Code.USAGE
+
+
+async def test_a_session_that_says_nonsense_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = client.socket_path("liar")
+    about = frames.pack("local", 1, frames.pack("n1"))
+    nonsense = frames.encode(99, 0, frames.pack("x"))
+
+    async def lie(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1)
+        await stream.send_all(frames.encode(session_wire.JOINED, 0, about) + nonsense)
+        await trio.sleep_forever()
+
+    with trio.socket.socket(socket.AF_UNIX) as listener:
+        await listener.bind(path)
+        listener.listen()
+        async with trio.open_nursery() as nursery:
+            sockets = [trio.SocketListener(listener)]
+            nursery.start_soon(trio.serve_listeners, lie, sockets)
+            with pytest.raises(KaError, match="said what it should not") as caught:
+                async with karun.Joined("liar") as nodes:
+                    await nodes.command(["true"])
+            nursery.cancel_scope.cancel()
+    assert caught.value.code is Code.PROTOCOL

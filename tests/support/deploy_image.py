@@ -18,22 +18,29 @@ from pathlib import Path
 
 from kadeploy import mkenv
 
-__all__ = ["Built", "build", "checksum"]
+__all__ = ["Built", "build", "checksum", "environment"]
 
 SUITE = "bookworm"
 RAW_UUID = "6b61726f-6f74-4000-8000-000000000001"
-RAW_SIZE = "400M"
+RAW_SIZE = "320M"
 KERNEL = "linux-image-cloud-amd64"
 PACKAGES = (
     "dbus", "e2fsprogs", "grub-efi-amd64-bin", "grub-pc-bin", "grub2-common", "initramfs-tools",
     KERNEL, "openssh-server", "systemd-sysv", "udev", "zstd",
 )  # fmt: skip
+REMOVED = (
+    "/usr/bin/apt*", "/usr/bin/grub-*", "/usr/bin/perl*", "/usr/lib/apt", "/usr/share/perl5",
+    "/usr/lib/x86_64-linux-gnu/libapt-p*", "/usr/lib/x86_64-linux-gnu/perl-base", "/var/lib/apt",
+    "/var/lib/dpkg/info",
+)  # fmt: skip
+"""Needed while packages are set up, and by nothing afterwards."""
 # What is large and not missed: it would only be written and read back again and again.
 EXCLUDED = (
     *mkenv.EXCLUDED,
     *(
         f"/lib/modules/*/kernel/{name}/*"
         for name in (
+            "arch/x86/kvm",
             "drivers/comedi",
             "drivers/hid",
             "drivers/infiniband",
@@ -54,10 +61,16 @@ EXCLUDED = (
             "net/netfilter",
             "net/openvswitch",
             "net/sched",
+            "net/sctp",
             "net/sunrpc",
+            "net/tipc",
         )
     ),
+    "/usr/lib/grub/*/monolithic/*",
     "/usr/lib/x86_64-linux-gnu/gconv/*",
+    "/usr/share/bash-completion/*",
+    "/usr/share/bug/*",
+    "/usr/share/lintian/*",
 )
 
 
@@ -75,29 +88,32 @@ class Built:
 
 def build(cache: Path) -> Built:
     """Return both, built if they are not in the cache."""
-    source = Path(mkenv.__file__).read_bytes()
-    libraries = "".join(f"{one} {importlib.metadata.version(one)}" for one in mkenv.LIBRARIES)
-    environment = cache / f"environment-{_digest(source + libraries.encode())}"
-    system = cache / f"debian-{_digest(repr((SUITE, PACKAGES, EXCLUDED)).encode())}.tar.zst"
+    ingredients = repr((SUITE, PACKAGES, EXCLUDED, REMOVED, RAW_SIZE))
+    system = cache / f"debian-{_digest(ingredients.encode())}.tar.zst"
     with ThreadPoolExecutor() as pool:
-        for work in [pool.submit(_environment, environment), pool.submit(_system, system)]:
-            work.result()
+        made = pool.submit(environment, cache)
+        pool.submit(_system, system).result()
     raw = system.with_name(system.name.replace(".tar.", ".raw."))
     _raw(system, raw)
-    return Built(environment, system, raw)
+    return Built(made.result(), system, raw)
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def _environment(directory: Path) -> None:
+def environment(cache: Path) -> Path:
+    """Return a directory with the deployment environment, which nobody may enter."""
+    source = Path(mkenv.__file__).read_bytes()
+    libraries = "".join(f"{one} {importlib.metadata.version(one)}" for one in mkenv.LIBRARIES)
+    directory = cache / f"environment-{_digest(source + libraries.encode())}"
     if directory.exists():
-        return
+        return directory
     draft = directory.with_suffix(".part")
     shutil.rmtree(draft, ignore_errors=True)
     list(mkenv.make_environment(mkenv.Request(draft, (), suite=SUITE)))
     draft.rename(directory)
+    return directory
 
 
 def _system(archive: Path) -> None:
@@ -107,6 +123,7 @@ def _system(archive: Path) -> None:
     words = ["mmdebstrap", "--variant=minbase", mkenv.MERGED_USR, "--format=tar"]
     words += [f"--include={','.join(PACKAGES)}"]
     words += [f"--dpkgopt=path-exclude={pattern}" for pattern in EXCLUDED]
+    words += [f'--customize-hook=rm -r "$1"{pattern}' for pattern in REMOVED]
     done = subprocess.run([*words, SUITE, tar], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     subprocess.run(["zstd", "-q", "-T0", "--rm", tar, "-o", archive], check=True)

@@ -43,7 +43,7 @@ state = "state"
 name = "install"
 kernel = "vmlinuz"
 initrds = ["initrd.img", "site.img"]
-arguments = ["console=ttyS0", "quiet", "panic=-1"]
+arguments = ["console=ttyS0", "quiet", "panic=-1", "mitigations=off"]
 """
 INVENTORY_NODE = """
 [[node]]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kadeploy.mkenv import make_site
+from kadeploy.mkenv import UNWANTED, make_site, remove
 from tests.support.loop_disk import lacking
 
 _WHY = lacking("cpio", "zstd", "ssh-keygen")
@@ -36,3 +36,17 @@ def test_mkenv_lets_nobody_but_root_read_keys(tmp_path: Path) -> None:
     assert modes["etc/ssh/ssh_host_ed25519_key"] == "-rw-------"
     assert modes["root/.ssh/authorized_keys"] == "-rw-------"
     assert modes["root"] == modes["root/.ssh"] == "drwx------"
+
+
+def test_mkenv_leaves_out_drivers_that_write_no_disk_and_keeps_those_that_do(
+    tmp_path: Path,
+) -> None:
+    kernel = "usr/lib/modules/6.1.0/kernel"
+    kept = {f"{kernel}/drivers/net/ethernet/e1000.ko", f"{kernel}/fs/xfs/xfs.ko"}
+    gone = {f"{kernel}/drivers/gpu/drm/drm.ko", f"{kernel}/sound/snd.ko"}
+    for name in kept | gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    remove(tmp_path, UNWANTED)
+    files = {str(one.relative_to(tmp_path)) for one in tmp_path.rglob("*") if one.is_file()}
+    assert files == kept

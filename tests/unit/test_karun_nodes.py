@@ -133,7 +133,8 @@ def test_a_mistake_is_one_line(groups: Groups, where: str, why: str) -> None:
 
 def test_an_empty_rest_is_told_apart_from_an_empty_set(groups: Groups) -> None:
     assert "-x takes away all of them" in refusal(groups, "@r1", exclude=["@r1"])
-    assert "-w names an empty set" in refusal(groups)
+    assert "-w names an empty set" in refusal(groups, "n1!n1")
+    assert "name some by -w" in refusal(groups)
 
 
 def test_a_site_without_groups_says_where_they_would_be(tmp_path: Path) -> None:

@@ -36,11 +36,15 @@ def said(actions: list[Action], kind: type) -> list[tuple[int, Any]]:
     return [(one.peer, one.message) for one in sent]
 
 
+def attach(tree: int, peer: int) -> Attach:
+    return Attach(ID, tree, 1, NOTHING, 0, peer, 0)
+
+
 def relay() -> Hop:
     """Rank 2 with its control parent, a node that chains to it, and one that reports to it."""
     made, _ = hop(2)
     made.message_received(SOURCE, Accept(ID, CONTROL, 1, 0), 0.0)
-    made.message_received(33, Attach(ID, CONTROL, 1, NOTHING, 0), 0.0)
+    made.message_received(33, attach(CONTROL, 33), 0.0)
     return made
 
 
@@ -85,7 +89,7 @@ def test_when_the_pass_is_over_control_children_are_told_and_the_rest_is_asked_f
 def test_who_reports_to_a_node_later_is_told_at_once() -> None:
     made = relay()
     made.pass_over(2.0)
-    actions = made.message_received(34, Attach(ID, CONTROL, 1, NOTHING, 0), 3.0)
+    actions = made.message_received(34, attach(CONTROL, 34), 3.0)
     assert said(actions, PassOver) == [(34, PassOver(ID))]
 
 
@@ -99,7 +103,7 @@ def test_a_child_whose_pass_is_over_first_is_fed_what_there_is() -> None:
     made = relay()
     made.chunk_heard(4, 1.0)
     made.sink_wrote(4, 1.0)
-    actions = made.message_received(3, Attach(ID, DATA, 1, NOTHING, 0), 1.0)
+    actions = made.message_received(3, attach(DATA, 3), 1.0)
     assert SendChunk(3, 4) in actions
     made.message_received(3, Ack(ID, 4), 1.0)
     made.pass_over(1.1)
@@ -108,6 +112,16 @@ def test_a_child_whose_pass_is_over_first_is_fed_what_there_is() -> None:
         offers = said(made.tick(tick / 10), Adopt)
         assert all(one.tree == CONTROL for _, one in offers)  # its children have not lost it
     assert made.downs[DATA].children.keys() == {3}
+
+
+def test_a_chunk_that_comes_both_ways_is_acknowledged_to_who_sent_it() -> None:
+    made = relay()
+    made.pass_over(1.0)
+    made.message_received(1, Accept(ID, DATA, 2, 0), 1.0)
+    made.message_received(1, Accept(ID, DATA, 1, 0), 1.0)
+    made.chunk_heard(4, 1.1)
+    assert not said(made.chunk_received(1, 4, True, 1.2), Ack)
+    assert said(made.sink_wrote(4, 1.3), Ack) == [(1, Ack(ID, 4))]
 
 
 def test_a_chunk_that_is_heard_twice_or_after_the_end_is_dropped() -> None:
