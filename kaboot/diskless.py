@@ -33,7 +33,7 @@ MODULES = ("kernel/fs/nfs/*", "kernel/fs/overlayfs/*", "kernel/net/packet/*",
 """Wanted, with all that they need: NFS, the layer over it, and cards."""
 NOT_MODULES = ("kernel/drivers/net/wireless/*", "kernel/drivers/net/wwan/*")
 APPLETS = ("cat", "find", "hostname", "ip", "mkdir", "modprobe", "mount", "sh", "sleep", "sort",
-           "switch_root", "tr", "udhcpc", "umount", "wget", "xargs")  # fmt: skip
+           "switch_root", "tr", "udhcpc", "wget", "xargs")  # fmt: skip
 _PT_INTERP = 3
 _SUFFIXES = (".ko", ".ko.xz")
 
@@ -123,7 +123,8 @@ def make_diskless(root: Path, directory: Path) -> Iterator[str]:
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="kaboot-") as name:
         tree = Path(name, "tree")
-        count = _copy_modules(root / "lib/modules" / version, tree / "lib/modules" / version)
+        source = _inside(root, root / "lib/modules" / version)
+        count = _copy_modules(source, tree / "lib/modules" / version)
         _run(["depmod", "--basedir", str(tree), version])
         for place in ("bin", "dev", "etc", "proc", "sys"):
             (tree / place).mkdir()
@@ -134,9 +135,12 @@ def make_diskless(root: Path, directory: Path) -> Iterator[str]:
             path.write_text(text)
             path.chmod(0o755)
         tree.chmod(0o755)
-        initramfs.pack(tree, directory / "initrd.img")
-    shutil.copyfile(kernel, directory / "vmlinuz")
-    (directory / "vmlinuz").chmod(0o644)
+        drafts = [directory / f"{one}.part" for one in ("initrd.img", "vmlinuz")]
+        initramfs.pack(tree, drafts[0])
+        shutil.copyfile(kernel, drafts[1])
+        drafts[1].chmod(0o644)
+    for draft in drafts:  # machines may be loading those that were there
+        draft.replace(draft.with_suffix(""))
     size = format_size((directory / "initrd.img").stat().st_size)
     yield f"{directory / 'vmlinuz'}: {version}"
     yield f"{directory / 'initrd.img'}: {size}, {count} modules"
@@ -167,7 +171,15 @@ def _kernel(root: Path) -> tuple[Path, str]:
     if not found:
         raise KaError(Code.USAGE, f"{root} has no /boot/vmlinuz-* with modules: install a kernel")
     _, path, version = max(found)
-    return path, version
+    return _inside(root, path), version
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """Return a path of the root, its links followed; what it leads to will be served to anybody."""
+    found = path.resolve()
+    if not found.is_relative_to(root.resolve()):
+        raise KaError(Code.USAGE, f"{path} leads out of {root}")
+    return found
 
 
 def _copy_modules(source: Path, target: Path) -> int:
@@ -179,7 +191,7 @@ def _copy_modules(source: Path, target: Path) -> int:
             raise KaError(Code.USAGE, f"{source / name}: no way to unpack it")
         path = target / name.removesuffix(".xz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = (source / name).read_bytes()
+        data = _inside(source, source / name).read_bytes()
         path.write_bytes(lzma.decompress(data) if name.endswith(".xz") else data)
     for name in ("modules.order", "modules.builtin"):
         shutil.copyfile(source / name, target / name)

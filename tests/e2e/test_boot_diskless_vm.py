@@ -46,7 +46,7 @@ pool = "10.78.0.100-10.78.0.199"
 name = "diskless"
 kernel = "debian/vmlinuz"
 initrds = ["debian/initrd.img"]
-arguments = ["console=ttyS0", "quiet", "panic=-1"]
+arguments = ["console=ttyS0", "quiet", "panic=-1", "no_timer_check"]
 nfsroot = ["{address}:{export}"]
 nfs_options = "vers=4.2"
 

@@ -36,7 +36,7 @@ PARTITIONS = """
       - {name: swap, type: swap, size: 64MiB}
 """
 POST_INSTALL = """
-    boot: {arguments: "console=ttyS0 quiet panic=-1 mitigations=off"}
+    boot: {arguments: "console=ttyS0 quiet panic=-1 no_timer_check mitigations=off"}
     post_install:
       [{builtin: hostname}, {builtin: hosts}, {builtin: network}, {builtin: fstab},
        {builtin: machine-id}, {builtin: ssh-keys}, {builtin: ssh-host-keys}]

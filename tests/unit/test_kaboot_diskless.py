@@ -12,7 +12,10 @@ import pytest
 from common.errors import Code, KaError
 from kaboot import check, diskless
 from tests.support.boot_site import write_site
+from tests.support.loop_disk import lacking
 
+_WHY = lacking("busybox", "cpio", "depmod", "zstd")
+needs_tools = pytest.mark.skipif(_WHY is not None, reason=str(_WHY))
 SITE = """
 [site]
 address = "127.0.0.1"
@@ -47,12 +50,22 @@ def test_modules_for_nfs_and_cards_come_with_what_they_need_and_no_others() -> N
     ]
 
 
+@needs_tools
 def test_a_root_without_a_kernel_is_refused_in_one_line(tmp_path: Path) -> None:
-    if not Path("/bin/busybox").exists():
-        pytest.skip("busybox is not installed")
     with pytest.raises(KaError, match="no /boot/vmlinuz-") as caught:
         list(diskless.make_diskless(tmp_path, tmp_path / "out"))
     assert caught.value.code is Code.USAGE
+
+
+@needs_tools
+def test_what_leads_out_of_the_root_is_not_served(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "lib/modules/6.1.0").mkdir(parents=True)
+    (root / "lib/modules/6.1.0/modules.dep").write_text(MODULES_DEP)
+    (root / "boot").mkdir()
+    (root / "boot/vmlinuz-6.1.0").symlink_to("/etc/hostname")
+    with pytest.raises(KaError, match="leads out of"):
+        list(diskless.make_diskless(root, tmp_path / "out"))
 
 
 def test_the_init_of_a_diskless_node_is_a_script_that_a_shell_can_read() -> None:
