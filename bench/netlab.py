@@ -65,6 +65,11 @@ class NetLab:
         """Take a node's link down: neither it nor anybody else is told."""
         self._in_core("ip", "link", "set", f"p{node}", "down")
 
+    def throttle(self, node: int, rate_mbit: float) -> None:
+        """Give a node's link another rate, both ways; it must be shaped already."""
+        self._shape(self._core, f"p{node}", rate_mbit, "change")
+        self._shape(self.name(node), "eth0", rate_mbit, "change")
+
     @property
     def _core(self) -> str:
         return f"{self._prefix}c"
@@ -125,10 +130,10 @@ class NetLab:
         for arguments in inside:
             command(*self.inside(node, *arguments))
 
-    def _shape(self, namespace: str, device: str, rate_mbit: float) -> None:
+    def _shape(self, namespace: str, device: str, rate_mbit: float, verb: str = "add") -> None:
         if rate_mbit:
             command("ip", "netns", "exec", namespace,
-                    "tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", f"{rate_mbit}mbit",
+                    "tc", "qdisc", verb, "dev", device, "root", "tbf", "rate", f"{rate_mbit}mbit",
                     "burst", str(BURST_SIZE), "latency", f"{QUEUE_MS}ms")  # fmt: skip
 
     def _in_core(self, *arguments: str) -> None:

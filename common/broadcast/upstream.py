@@ -55,6 +55,7 @@ class Upstream:
         self._redirect_count = 0
         self._unanswered_count = 0
         self._avoided: dict[int, float] = {}
+        self._asked_again: set[int] = set()
         self._progress_s = 0.0
         """When it last made progress, or this node lacked nothing that it has."""
         self._fed_s = 0.0
@@ -104,8 +105,12 @@ class Upstream:
             self._go_to_the_end()
         if 0 <= instead not in (peer, self.node.rank) and self._is_before(message.place):
             self._redirect_count += 1
-            # Who has just failed here is not asked: so the other one has to do.
-            self._ask(peer if self._avoided.get(instead, 0) > now else instead, now)
+            # Who has failed here is asked once more: it may have been the connection, held up by
+            # a chunk that stopped half-way.  After that the other one has to do.
+            failed = self._avoided.get(instead, 0) > now
+            self._ask(peer if failed and instead in self._asked_again else instead, now)
+            if failed:
+                self._asked_again.add(instead)
         else:
             self._seek(now)
 

@@ -13,7 +13,7 @@ import pytest
 
 from bench.netlab import NetLab
 from common.broadcast.node import HopOptions
-from common.broadcast.topology import Kind
+from common.broadcast.topology import Kind, build
 from tests.support.transfers import CHUNK_SIZE, Processes, random_file, shape
 
 NODES = 5
@@ -47,8 +47,8 @@ def check_healed(processes: Processes) -> None:
     assert sent <= (NODES * CHUNKS + 4 * SLOW.window_count) * CHUNK_SIZE
 
 
-def check(source: Path, *without: int) -> None:
-    for rank in range(1, NODES + 1):
+def check(source: Path, *without: int, count: int = NODES) -> None:
+    for rank in range(1, count + 1):
         path = source.parent / f"out{rank}"
         if rank in without:
             assert not path.exists()
@@ -93,6 +93,42 @@ def test_a_node_that_is_cut_off_costs_itself_alone(source: Path, kind: Kind, ran
             assert (node.wait() == 0) == (other != rank)
         check_healed(processes)
     check(source, rank)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Kind.BINARY,
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in (Kind.CHAIN, Kind.STRIPES)),
+    ],
+)
+def test_who_is_behind_a_slow_link_is_fed_by_others_and_nobody_sends_more_than_planned(
+    source: Path, kind: Kind
+) -> None:
+    """Behind that link it would take half a minute.  Those there are relays themselves."""
+    count = 9
+    options = HopOptions(expected_rate=5e6, deadline_s=20.0)
+    with (
+        NetLab((count + 1,), rate_mbit=40) as lab,
+        Processes(
+            shape(kind, count), source, lambda one: source.parent / f"out{one}", options, lab=lab
+        ) as processes,
+    ):
+        processes.nodes[count].wait_for(CHUNKS // 8)
+        lab.throttle(1, 2)
+        others = [rank for rank in processes.nodes if rank != 1]
+        for rank in others:
+            processes.nodes[rank].wait_for(CHUNKS)
+        processes.nodes[1].send_signal(signal.SIGKILL)
+        assert processes.source.wait() == 2
+        report = processes.source.report
+        assert "made a leaf" in report["notes"]["1"]
+        assert report["verified"] == others
+    trees = build(shape(kind, count)).trees
+    planned = sum(len(tree.children[0]) for tree in trees) / len(trees)
+    assert report["sent_size"] < 1.3 * planned * CHUNKS * CHUNK_SIZE
+    check(source, 1, count=count)
 
 
 @pytest.mark.parametrize("kind", [Kind.CHAIN, Kind.STRIPES])

@@ -328,6 +328,17 @@ def test_a_parent_that_has_not_started_is_asked_again_for_a_moment() -> None:
     assert said_to(2, made.tick(0.4), Attach)
 
 
+def test_who_has_failed_is_asked_once_more_when_others_refer_to_it_and_not_again() -> None:
+    made = hop(3)
+    made.neighbour_lost(2, "did not answer", 1.5)
+    referral = Refuse(ID, 0, made.node.attempt, 2, 2, "full")
+    assert said_to(2, made.message_received(1, referral, 1.6), Attach)
+    assert said_to(0, made.neighbour_lost(2, "did not answer", 1.9), Attach)
+    referral = Refuse(ID, 0, made.node.attempt, 2, 2, "full")
+    (asked,) = said_to(0, made.message_received(0, referral, 2.0), Attach)
+    assert asked.redirect_count == 1
+
+
 # ---------------------------------------------------------------- nonsense
 
 
