@@ -69,7 +69,8 @@ class SshOptions:
     """Of the deployment environment, under the name `kadeploy-environment`."""
     wrapper: tuple[str, ...] = ()
     """Words before `ssh`: a network namespace, a jump."""
-    connect_s: int = 5
+    connect_s: int = 15
+    """Until the node's ssh server has said its name: while many machines start it may be slow."""
 
     def words(self, address: str, *, environment: bool) -> list[str]:
         options = {
