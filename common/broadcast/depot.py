@@ -54,7 +54,7 @@ class _Held:
         self.data = data
         self.count = 1
         self.growing = Growing(data)
-        self.grown_s = 0.0
+        self.grown_s = trio.current_time()
         self.peers: list[int] = []
         """To whom it is sent on while it comes."""
         self.summing = summing
