@@ -7,13 +7,14 @@ test is about.
 
 from __future__ import annotations
 
-import fcntl
 import gzip
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+
+from tests.support.alone import alone
 
 __all__ = ["make_initrd", "pack", "unpack", "unpack_kernel"]
 
@@ -78,9 +79,7 @@ def unpack(cache: Path, *packages: str) -> Path:
     What is unpacked starts no service, and is gone with the directory.
     """
     directory = cache / packages[0]
-    # Another worker may want it, too: one downloads, and whoever comes later finds it whole.
-    with open(cache / "lock", "ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(cache):
         if not directory.exists():
             with tempfile.TemporaryDirectory(dir=cache) as name:
                 _download(Path(name), *packages)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kadeploy import mkenv
+from tests.support.alone import alone
 
 __all__ = ["Built", "build", "checksum", "environment"]
 
@@ -107,12 +108,12 @@ def environment(cache: Path) -> Path:
     source = Path(mkenv.__file__).read_bytes()
     libraries = "".join(f"{one} {importlib.metadata.version(one)}" for one in mkenv.LIBRARIES)
     directory = cache / f"environment-{_digest(source + libraries.encode())}"
-    if directory.exists():
-        return directory
-    draft = directory.with_suffix(".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    list(mkenv.make_environment(mkenv.Request(draft, (), suite=SUITE)))
-    draft.rename(directory)
+    with alone(cache):
+        if not directory.exists():
+            draft = directory.with_suffix(".part")
+            shutil.rmtree(draft, ignore_errors=True)
+            list(mkenv.make_environment(mkenv.Request(draft, (), suite=SUITE)))
+            draft.rename(directory)
     return directory
 
 
