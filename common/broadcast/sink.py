@@ -19,7 +19,7 @@ import bisect
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from common.broadcast import chunkset
 from common.broadcast.filecache import FileCache, write_at
@@ -54,8 +54,11 @@ class FileSink:
         """The descriptor of the only file, kept open for `locate`."""
         self._read_back: dict[int, Summing] = {}
         """Chunks that are being written, with the sum of what reads back."""
-        self._right_ones = 0
-        """Those that have read back as they should, since they were written."""
+        self._right_ones: set[int] = set()
+        """Those that have read back as they should, since they were written.
+
+        Not bits in an int: `write` changes it in a thread while `put` does in another.
+        """
 
     # ------------------------------------------------------------ a Sink
 
@@ -79,7 +82,7 @@ class FileSink:
         manifest = self._manifest
         if at == 0:
             self._read_back[chunk] = manifest.algorithm.begin()
-            self._right_ones &= ~(1 << chunk)
+            self._right_ones.discard(chunk)
         summing = self._read_back[chunk]
         start, size = manifest.extent(chunk)
         end = at + len(part)
@@ -89,7 +92,7 @@ class FileSink:
                 summing.update(os.pread(fd, piece.length, piece.offset))
             part = part[piece.length :]
         if end == size and self._read_back.pop(chunk).digest() == manifest.sum_at(chunk):
-            self._right_ones |= 1 << chunk
+            self._right_ones.add(chunk)
 
     def verify(self) -> list[int]:
         self._sync_stage()
@@ -255,11 +258,13 @@ class FileSink:
                 return None
         return buffer[:end]
 
-    def _right(self, known: int = 0) -> Iterator[tuple[int, bool]]:
+    def _right(self, known: Collection[int] = ()) -> Iterator[tuple[int, bool]]:
         """Yield each chunk but the *known* ones, and whether it is there and its sum is right."""
         assert self._manifest is not None
         buffer = memoryview(bytearray(self._manifest.chunk_size))
-        for chunk in chunkset.indexes(chunkset.full(self._manifest.chunk_count) & ~known):
+        for chunk in range(self._manifest.chunk_count):
+            if chunk in known:
+                continue
             data = self._read_into(chunk, buffer)
             yield chunk, data is not None and self._manifest.verify(chunk, data)
 

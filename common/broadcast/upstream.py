@@ -83,7 +83,7 @@ class Upstream:
     def accepted(self, peer: int, message: Accept, now: float) -> None:
         if not self._answers(peer, message.attempt):
             if not self.is_parent(peer):
-                self._decline(peer, message.attempt, "fed by another")
+                self.decline(peer, "fed by another", message.attempt)
             return
         self.state = UpstreamState.ATTACHED
         self.parent_have_count = message.have_count
@@ -125,7 +125,7 @@ class Upstream:
             fits = fits and not self._is_well_fed(now)
         if not fits or not self._is_before(message.place):
             if self.parent != peer:
-                self._decline(peer, 0, "fed by another")
+                self.decline(peer, "fed by another")
             return
         if self.parent >= 0:
             self._avoided[self.parent] = now + self.node.options.avoid_s
@@ -145,10 +145,6 @@ class Upstream:
         is_free = node.places[index] in (node.rank, END) and node.relays
         on = self.state is not UpstreamState.OFF and index != node.control_index
         return is_free and on and 0 < node.position(index, place) < node.own_position(index)
-
-    def decline(self, peer: int, reason: str) -> None:
-        """Turn down an offer."""
-        self._decline(peer, 0, reason)
 
     def demoted(self, instead: int, now: float) -> None:
         """Go to the end of the tree, where another has room."""
@@ -255,9 +251,10 @@ class Upstream:
         self._seek(now)
 
     def _say_leave(self, reason: str) -> None:
-        self._decline(self.parent, self._attempt, reason)
+        self.decline(self.parent, reason, self._attempt)
 
-    def _decline(self, peer: int, attempt: int, reason: str) -> None:
+    def decline(self, peer: int, reason: str, attempt: int = 0) -> None:
+        """Turn down an offer, or leave what was asked for under *attempt*."""
         self.node.send(peer, Leave(self.node.transfer, self.index, attempt, reason))
 
     def _seek(self, now: float) -> None:
