@@ -121,8 +121,8 @@ def make_diskless(root: Path, directory: Path) -> Iterator[str]:
         raise KaError(Code.USAGE, f"{BUSYBOX} is not static (Debian: busybox-static)")
     kernel, version = _kernel(root)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="kaboot-") as name:
-        tree = Path(name, "tree")
+    with tempfile.TemporaryDirectory(prefix=".draft-", dir=directory) as name:
+        tree, draft = Path(name, "tree"), Path(name)
         source = _inside(root, root / "lib/modules" / version)
         count = _copy_modules(source, tree / "lib/modules" / version)
         _run(["depmod", "--basedir", str(tree), version])
@@ -135,12 +135,11 @@ def make_diskless(root: Path, directory: Path) -> Iterator[str]:
             path.write_text(text)
             path.chmod(0o755)
         tree.chmod(0o755)
-        drafts = [directory / f"{one}.part" for one in ("initrd.img", "vmlinuz")]
-        initramfs.pack(tree, drafts[0])
-        shutil.copyfile(kernel, drafts[1])
-        drafts[1].chmod(0o644)
-    for draft in drafts:  # machines may be loading those that were there
-        draft.replace(draft.with_suffix(""))
+        initramfs.pack(tree, draft / "initrd.img")
+        shutil.copyfile(kernel, draft / "vmlinuz")
+        (draft / "vmlinuz").chmod(0o644)
+        for made in ("initrd.img", "vmlinuz"):  # machines may be loading those that were there
+            (draft / made).replace(directory / made)
     size = format_size((directory / "initrd.img").stat().st_size)
     yield f"{directory / 'vmlinuz'}: {version}"
     yield f"{directory / 'initrd.img'}: {size}, {count} modules"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from common import initramfs
 from common.errors import Code, KaError
 from kaboot import check, diskless
 from tests.support.boot_site import write_site
@@ -66,6 +68,30 @@ def test_what_leads_out_of_the_root_is_not_served(tmp_path: Path) -> None:
     (root / "boot/vmlinuz-6.1.0").symlink_to("/etc/hostname")
     with pytest.raises(KaError, match="leads out of"):
         list(diskless.make_diskless(root, tmp_path / "out"))
+
+
+@needs_tools
+def test_what_machines_load_stays_as_it_was_when_the_new_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    modules = root / "lib/modules/6.1.0"
+    modules.mkdir(parents=True)
+    (modules / "modules.dep").write_text("kernel/fs/nfs/nfs.ko:\n")
+    (modules / "kernel/fs/nfs").mkdir(parents=True)
+    shutil.copy("/bin/true", modules / "kernel/fs/nfs/nfs.ko")
+    for name in ("modules.order", "modules.builtin"):
+        (modules / name).touch()
+    (root / "boot").mkdir()
+    (root / "boot/vmlinuz-6.1.0").write_bytes(b"new")
+    assert len(list(diskless.make_diskless(root, out))) == 2
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == {"initrd.img", "vmlinuz"}
+    monkeypatch.setattr(initramfs, "PACKER", ("false",))  # as on a full disk
+    (root / "boot/vmlinuz-6.1.0").write_bytes(b"newer")
+    with pytest.raises(KaError, match="zstd failed"):
+        list(diskless.make_diskless(root, out))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_the_init_of_a_diskless_node_is_a_script_that_a_shell_can_read() -> None:
