@@ -201,9 +201,14 @@ class Image:
     """What the image brings, and is to fill the partition; of a disk, the last partition's."""
 
     @property
+    def in_place(self) -> bool:
+        """Whether the file's bytes are the disk's: then the disk shows what has come of it."""
+        return self.kind is ImageKind.RAW and self.compression is Compression.NONE
+
+    @property
     def begins_again(self) -> bool:
         """A raw image of which the disk cannot show what has come: its sums are of other bytes."""
-        return self.kind is ImageKind.RAW and self.compression is not Compression.NONE
+        return self.kind is ImageKind.RAW and not self.in_place
 
     def validate(self) -> None:
         if not self.file or "\0" in self.file:

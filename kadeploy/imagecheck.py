@@ -13,7 +13,7 @@ from pathlib import Path
 
 from common.errors import Code, KaError
 from kadeploy.disks import Disk, facts_from_json
-from kadeploy.environment import Compression, Image, ImageKind
+from kadeploy.environment import Image
 from kadeploy.node import devices
 from kadeploy.partitions import grow_last
 
@@ -31,8 +31,8 @@ def check_image(directory: Path, image: Image, *, sums: bool) -> None:
                     raise KaError(Code.USAGE, f"image {path}: its checksum is {found}")
     except OSError as error:
         raise KaError(Code.USAGE, f"image {path}: {error.strerror}") from None
-    as_on_disk = image.kind is ImageKind.RAW and image.compression is Compression.NONE
-    if image.grow is not None and as_on_disk and shutil.which("sfdisk") and shutil.which("blkid"):
+    has_tools = shutil.which("sfdisk") and shutil.which("blkid")
+    if image.grow is not None and image.in_place and has_tools:
         _check_growth(path, image.grow.value, is_disk=image.disk is not None)
 
 

@@ -205,7 +205,10 @@ async def _joined(session: str, nodes: Sequence[str]) -> AsyncIterator[_Orders]:
         connection = trio.socket.from_stdlib_socket(socket.socket(fileno=plain.detach()))
     async with trio.SocketStream(connection) as stream:
         orders = _Orders(stream)
-        await orders.join(session, nodes, digest)
+        try:
+            await orders.join(session, nodes, digest)
+        except frames.FrameError:
+            raise KaError(Code.WRONG_VERSION, wire.OTHER_VERSION) from None
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(orders.sending)

@@ -370,3 +370,35 @@ async def test_a_session_that_says_nonsense_is_one_line(
                     await nodes.command(["true"])
             nursery.cancel_scope.cancel()
     assert caught.value.code is Code.PROTOCOL
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"\0" * 16,
+        os.urandom(64),
+        frames.encode(session_wire.JOINED, 0, b""),
+        frames.encode(session_wire.JOINED, 0, frames.pack("local", "0", b"\xff")),
+    ],
+    ids=["nothing", "zeros", "noise", "no fields", "no names"],
+)
+async def test_what_answers_otherwise_than_a_session_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(client.socket_path("odd"))
+        listener.listen()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(answer)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.to_thread.run_sync, serve)
+            with pytest.raises(KaError, match="another version of karun"):
+                async with karun.Joined("odd"):
+                    pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
@@ -165,3 +166,16 @@ def test_a_client_that_does_not_wait_for_room_is_refused() -> None:
         session.take(wire.FEED, 1, bytes(FEED_SIZE_MAX - 1))
     with pytest.raises(frames.FrameError, match="more input"):
         session.take(wire.FEED, 1, bytes(FEED_SIZE_MAX))
+
+
+@given(
+    st.integers(30, 40),
+    st.lists(st.binary(max_size=12) | st.sampled_from([b"1", b"2", b"0 1", b"si"]), max_size=8),
+)
+def test_whatever_a_client_says_is_done_or_refused(kind: int, fields: list[bytes]) -> None:
+    session = Session()
+    session.command(1)
+    for payload in (frames.pack(*fields), b"".join(fields)):
+        with contextlib.suppress(frames.FrameError):
+            session.member.take(kind, payload)
+    session.member.close()
