@@ -10,6 +10,7 @@ Without xxhash `xxh3` takes over: right, but a thousand times slower (`COMPILED`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from common.xxh3 import xxh3_64
 
@@ -21,7 +22,16 @@ else:
     COMPILED = True
 """Whether bulk data can be summed with XXH3 here."""
 
-__all__ = ["ABSENT", "COMPILED", "Buffer", "Summing", "block_sum", "digest", "digest_bytes"]
+__all__ = [
+    "ABSENT",
+    "COMPILED",
+    "Buffer",
+    "Summing",
+    "block_sum",
+    "digest",
+    "digest_bytes",
+    "summing",
+]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -56,23 +66,28 @@ def block_sum(pieces: Sequence[Buffer], block_size: int) -> int:
     return int(state.intdigest()) or 1
 
 
-class Summing:
-    """The XXH3-64 of bytes that come one after the other, as `digest_bytes` gives it."""
+class Summing(Protocol):
+    """The sum of bytes that come one after the other."""
 
+    def update(self, data: Buffer, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+
+class _Kept:
     def __init__(self) -> None:
-        self._state = xxhash.xxh3_64() if COMPILED else None
-        self._kept = bytearray()
+        self._data = bytearray()
 
-    def update(self, data: Buffer) -> None:
-        if self._state is not None:
-            self._state.update(data)
-        else:
-            self._kept += data
+    def update(self, data: Buffer, /) -> None:
+        self._data += data
 
     def digest(self) -> bytes:
-        if self._state is not None:
-            return bytes(self._state.digest())
-        return digest_bytes(self._kept)
+        return digest_bytes(self._data)
+
+
+def summing() -> Summing:
+    """Return an XXH3-64 to be fed with bytes; it ends as `digest_bytes` gives it."""
+    return xxhash.xxh3_64() if COMPILED else _Kept()
 
 
 def digest_bytes(data: Buffer) -> bytes:

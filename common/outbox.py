@@ -65,11 +65,14 @@ class Growing:
         self.ready_size = len(self.data)
 
 
-class GrowingPayload(NamedTuple):
-    """A payload, or what has not left of it yet."""
+class GrowingPayload:
+    """A payload, or what has not left of it yet; for one outbox."""
 
-    growing: Growing
-    offset: int = 0
+    __slots__ = ("growing", "offset")
+
+    def __init__(self, growing: Growing) -> None:
+        self.growing = growing
+        self.offset = 0
 
     @property
     def length(self) -> int:
@@ -167,28 +170,28 @@ class Outbox:
                 part.release()
 
     def _send_grown(self, first: GrowingPayload) -> bool:
-        """Send what there is of it; return whether there was anything."""
-        growing = first.growing
-        if growing.ready_size <= first.offset:
+        """Send what there is of it; return whether more can be sent."""
+        growing, offset = first.growing, first.offset
+        if growing.ready_size <= offset:
             return False
         sent = 0
-        if growing.place is not None and first.offset < growing.stored_size:
+        if growing.place is not None and offset < growing.stored_size:
             fd, start = growing.place
-            stored = growing.stored_size - first.offset
+            stored = growing.stored_size - offset
             try:
-                sent = os.sendfile(self._sock.fileno(), fd, start + first.offset, stored)
+                sent = os.sendfile(self._sock.fileno(), fd, start + offset, stored)
             except (BlockingIOError, ConnectionError):
                 raise
             except OSError:
                 growing.place = None
         if not sent:
-            sent = self._sock.send(growing.data[first.offset : growing.ready_size])
+            sent = self._sock.send(growing.data[offset : growing.ready_size])
         self.size -= sent
-        if sent == first.length:
+        first.offset = offset + sent
+        if not first.length:
             self._parts.popleft()
-        else:
-            self._parts[0] = first._replace(offset=first.offset + sent)
-        return True
+            return True
+        return first.offset < growing.ready_size
 
     def _send_file(self, first: FilePayload) -> None:
         reason = "file too short"

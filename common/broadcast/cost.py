@@ -43,7 +43,7 @@ PIECE_SIZES = tuple(1 << bits for bits in range(16, 19))
 """64 KiB ... 256 KiB: each costs every node a wake-up."""
 PIECE_S = 0.001
 """What a piece takes on a link, if it can: who is woken more often does little else."""
-FILL_SHARE = 0.01
+FILL_SHARE = 0.005
 """What part of the time may go by because nodes wait for pieces."""
 
 

@@ -22,10 +22,11 @@ import trio
 
 from common import log
 from common.broadcast.edge import chunk_header
-from common.broadcast.manifest import Manifest, Summing
+from common.broadcast.manifest import Manifest
 from common.broadcast.store import Sink, Store
 from common.broadcast.switchboard import Switchboard
 from common.buffers import BufferPool
+from common.checksum import Summing
 from common.errors import KaError
 from common.outbox import FilePayload, Growing, GrowingPayload
 
@@ -50,11 +51,11 @@ class _Held:
 
     __slots__ = ("count", "data", "growing", "grown_s", "peers", "summed_size", "summing")
 
-    def __init__(self, data: memoryview, summing: Summing) -> None:
+    def __init__(self, data: memoryview, summing: Summing, now: float) -> None:
         self.data = data
         self.count = 1
         self.growing = Growing(data)
-        self.grown_s = trio.current_time()
+        self.grown_s = now
         self.peers: list[int] = []
         """To whom it is sent on while it comes."""
         self.summing = summing
@@ -98,15 +99,15 @@ class Depot:
     def lend(self, size: int) -> memoryview:
         return self._pool.take(size)
 
-    def came(self, chunk: int, data: memoryview, size: int) -> bool:
+    def came(self, chunk: int, data: memoryview, size: int, now: float) -> bool:
         """Note that *size* bytes have come; return whether the chunk is new here."""
         is_new = chunk not in self._coming
         if is_new:
-            self._coming[chunk] = self._new(data)
-        self._overtake(chunk, data, size)
+            self._coming[chunk] = self._new(data, now)
+        self._overtake(chunk, data, size, now)
         return is_new
 
-    def _overtake(self, chunk: int, data: memoryview, size: int) -> None:
+    def _overtake(self, chunk: int, data: memoryview, size: int, now: float) -> None:
         """Let what is passed on grow by whoever is ahead: a new parent is quicker than a slow one.
 
         Should one of them be damaged, those it is passed on to find out, and so does this node.
@@ -114,15 +115,15 @@ class Depot:
         held = self._coming.get(chunk)
         if held is None or size <= held.summed_size:
             return
-        held.grown_s = trio.current_time()
+        held.grown_s = now
         if held.data is not data:
             held.data[held.summed_size : size] = data[held.summed_size : size]
         if chunk not in self._held:
-            self._put(chunk, held, size)
+            self._put(chunk, held, size, now)
         self._take_in(held, size)
 
-    def _new(self, data: memoryview) -> _Held:
-        return _Held(data, self._manifest.algorithm.begin())
+    def _new(self, data: memoryview, now: float) -> _Held:
+        return _Held(data, self._manifest.algorithm.begin(), now)
 
     def _take_in(self, held: _Held, size: int) -> None:
         """Send on, and sum, what has come."""
@@ -150,7 +151,7 @@ class Depot:
     def _take_coming(self, chunk: int, data: memoryview) -> _Held:
         held = self._coming.get(chunk)
         if held is None or held.data is not data:
-            return self._new(data)
+            return self._new(data, trio.current_time())
         return self._coming.pop(chunk)
 
     def _tell_peers(self, held: _Held) -> None:
@@ -162,7 +163,7 @@ class Depot:
 
         Return whether it is right, and what is to be called then.
         """
-        self._overtake(chunk, data, len(data))
+        self._overtake(chunk, data, len(data), trio.current_time())
         held = self._take_coming(chunk, data)
         self._take_in(held, len(data))
         is_right = held.summing.digest() == self._manifest.sum_at(chunk)
@@ -181,7 +182,7 @@ class Depot:
         """Hand a chunk that is held to the sink; see `take_written`."""
         assert self._sink is not None
         held = self._held[chunk]
-        self._put(chunk, held, len(held.data))
+        self._put(chunk, held, len(held.data), trio.current_time())
         if held.is_written:
             self._done.append(chunk)
         elif not self._failure:
@@ -189,11 +190,10 @@ class Depot:
             self._waiting.append(chunk)
             self._wanted.set()
 
-    def _put(self, chunk: int, held: _Held, size: int) -> None:
+    def _put(self, chunk: int, held: _Held, size: int, now: float) -> None:
         """Write what is new of a chunk, if that takes no time."""
-        began_s = trio.current_time()
         sink = self._sink
-        if sink is None or self._failure or began_s < self._wary_until_s:
+        if sink is None or self._failure or now < self._wary_until_s:
             return
         if self._waiting or not sink.is_prompt:
             return
@@ -208,8 +208,9 @@ class Depot:
             return
         growing.stored_size = size
         # On a busy machine it may take long without having waited for anything.
-        if trio.current_time() - began_s > PROMPT_S and _wait_count() != waits:
-            self._wary_until_s = trio.current_time() + WARY_S
+        ended_s = trio.current_time()
+        if ended_s - now > PROMPT_S and _wait_count() != waits:
+            self._wary_until_s = ended_s + WARY_S
 
     @property
     def is_behind(self) -> bool:

@@ -6,7 +6,8 @@ from the socket into the buffer that the owner lends.  The plan is asked for by 
 
 Receiving is synchronous (`drain`): a task calls it when the socket is readable; in the middle of a
 payload that is when a good part of it has come (SO_RCVLOWAT), which saves most of the wake-ups on
-a slow link.  So that the owner hears of bytes all the same, `poke` drains from a clock.
+a slow link.  The owner hears of pieces of that size; of smaller ones, and that the peer is heard
+from at all, it hears from `poke`, which a clock calls.
 
 Invariants
   * frames leave in the order of `put`, whole; `release` is called once the bytes are not needed;
@@ -56,7 +57,10 @@ class Owner(Protocol):
     def answer_came(self, edge: Edge, request_id: int, body: bytes, payload: bytes) -> None: ...
 
     def bytes_came(self, edge: Edge, chunk: int, data: memoryview, size: int) -> None:
-        """Part of a chunk was received; the first *size* bytes of the lent buffer are there."""
+        """A piece of a chunk was received; the first *size* bytes of the lent buffer are there."""
+
+    def bytes_heard(self, edge: Edge) -> None:
+        """Pieces came since the last `poke`."""
 
     def bytes_left(self, edge: Edge) -> None:
         """The kernel took some of what waited to be sent."""
@@ -95,6 +99,10 @@ class Edge:
         """The kernel takes no more for now."""
         self._chunk = -1
         self._payload: memoryview | None = None
+        self._told_size = -1
+        """How much of a chunk the owner knows of."""
+        self._flows = False
+        """Pieces came since the last `poke`."""
         self._answer: tuple[int, bytes] | None = None
         self._low_water = 1
 
@@ -212,21 +220,29 @@ class Edge:
 
     def poke(self) -> None:
         """Take what has come of a chunk, though it is less than is worth waking up for."""
-        if self.is_open and self._payload is not None:
-            while self._try_drain():  # to the end: who waits may wait for a full low water mark
+        if not self._flows and self._payload is not None:
+            # To the end: who waits may wait for a full low water mark.
+            while self.is_open and self._try_drain(least_size=1):
                 pass
+        if self._flows and self.is_open:
+            self._flows = False
+            self._owner.bytes_heard(self)
 
-    def _try_drain(self) -> bool:
+    def _try_drain(self, least_size: int = 0) -> bool:
         try:
-            return self._drain()
+            return self._drain(least_size or self.piece_size // 2)
         except KaError as error:
             self.fail(str(error))
         except OSError as error:
             self.fail(error.strerror or str(error))
         return False
 
-    def _drain(self) -> bool:
-        """Take what the socket has; return whether there may be more."""
+    def _drain(self, least_size: int) -> bool:
+        """Take what the socket has; return whether there may be more.
+
+        Of a chunk that is not complete the owner hears when at least *least_size* bytes are new:
+        what comes along with its header is seldom worth the work.
+        """
         receiver, taken = self._receiver, 0
         is_empty = False
         while self.is_open and taken < SIZE_PER_TURN:
@@ -250,18 +266,23 @@ class Edge:
             is_empty = count < len(room)
             if self._payload is not None and receiver.payload_complete:
                 self._payload_came()
-        if taken and self._payload is not None and self._answer is None:
+        untold_size = 0
+        if self._payload is not None and self._answer is None:
             size = len(self._payload) - receiver.payload_left
-            self._owner.bytes_came(self, self._chunk, self._payload, size)
+            untold_size = size - self._told_size
+            if untold_size >= least_size:
+                self._told_size, untold_size = size, 0
+                self._flows = True
+                self._owner.bytes_came(self, self._chunk, self._payload, size)
         if is_empty:
-            self._set_low_water()
+            self._set_low_water(self.piece_size - untold_size)
         return self.is_open and not is_empty
 
-    def _set_low_water(self) -> None:
+    def _set_low_water(self, size: int) -> None:
         """Be woken when a good part of the rest of a chunk is there."""
         left = 1
         if self._payload is not None and self.is_open:
-            left = max(1, min(self.piece_size, len(self._receiver.want())))
+            left = max(1, min(size, len(self._receiver.want())))
         if left != self._low_water and self._sock.family != socket.AF_UNIX:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, left)
             self._low_water = left
@@ -289,7 +310,7 @@ class Edge:
                 raise KaError(Code.PROTOCOL, f"unexpected {frame.kind.name} frame")
 
     def _begin(self, target: memoryview) -> None:
-        self._payload = target
+        self._payload, self._told_size = target, -1
         self._receiver.take_payload(target)
         if self._receiver.payload_complete:
             self._payload_came()

@@ -98,6 +98,13 @@ class Content:
                 self._places.append((index, offset, length))
                 self.size += length
 
+    def piece(self, offset: int, length: int) -> Piece | None:
+        """Return where content[offset : offset + length] is, if it lies together."""
+        at = bisect.bisect_right(self._starts, offset) - 1
+        entry, start, size = self._places[at]
+        inside = offset - self._starts[at]
+        return Piece(entry, start + inside, length) if inside + length <= size else None
+
     def pieces(self, offset: int, length: int) -> Iterator[Piece]:
         """Yield the pieces of content[offset : offset + length], in order."""
         assert offset + length <= self.size

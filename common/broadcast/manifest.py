@@ -21,10 +21,10 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from common import checksum, codec
-from common.checksum import Buffer
+from common.checksum import Buffer, Summing
 from common.errors import Code, KaError
 from common.framing import PAYLOAD_SIZE_MAX
 
@@ -51,14 +51,6 @@ CHUNK_COUNT_MAX = 1 << 18
 assert CHUNK_COUNT_MAX * 16 + 4096 < PAYLOAD_SIZE_MAX, "a manifest is the payload of one message"
 
 
-class Summing(Protocol):
-    """The sum of a chunk that comes in parts."""
-
-    def update(self, data: Buffer, /) -> None: ...
-
-    def digest(self) -> bytes: ...
-
-
 _blake2b = partial(hashlib.blake2b, digest_size=16)
 
 
@@ -83,7 +75,7 @@ class Algorithm(enum.Enum):
 
 
 _SUMMING: dict[Algorithm, Callable[[], Summing]] = {
-    Algorithm.XXH3: checksum.Summing,
+    Algorithm.XXH3: checksum.summing,
     Algorithm.BLAKE2B: _blake2b,
 }
 _BY_NAME = {algorithm.value[0]: algorithm for algorithm in Algorithm}

@@ -251,10 +251,10 @@ class Relay:
     def chunk_came(self, edge: Edge, chunk: int, data: memoryview) -> None:
         assert self.depot is not None
         assert self.hop is not None
-        if not self.hop.node.have >> chunk & 1:
-            self.depot.came(chunk, data, len(data))
-        intact, looked_at = self.depot.hold(chunk, data)
         now = trio.current_time()
+        if not self.hop.node.have >> chunk & 1:
+            self.depot.came(chunk, data, len(data), now)
+        intact, looked_at = self.depot.hold(chunk, data)
         try:
             self._perform(self.hop.chunk_received(edge.peer, chunk, intact, now))
         finally:
@@ -283,11 +283,15 @@ class Relay:
         assert self.depot is not None
         assert self.hop is not None
         now = trio.current_time()
-        actions = self.hop.bytes_arrived(edge.peer, now)
         has = self.hop.node.have >> chunk & 1
-        if not has and self.depot.came(chunk, data, size):
-            actions += self.hop.chunk_begins(edge.peer, chunk, now)
-        self._perform(actions)
+        if not has and self.depot.came(chunk, data, size, now):
+            self._perform(self.hop.chunk_begins(edge.peer, chunk, now))
+        else:
+            self._board.flush()
+
+    def bytes_heard(self, edge: Edge) -> None:
+        if self.hop is not None:
+            self._perform(self.hop.bytes_arrived(edge.peer, trio.current_time()))
 
     def bytes_left(self, edge: Edge) -> None:
         if self.hop is not None:

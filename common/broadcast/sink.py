@@ -24,8 +24,9 @@ from collections.abc import Collection, Iterator, Sequence
 from common.broadcast import chunkset
 from common.broadcast.filecache import FileCache, write_at
 from common.broadcast.image import Content, Entry, EntryKind, Piece
-from common.broadcast.manifest import Manifest, Summing
+from common.broadcast.manifest import Manifest
 from common.broadcast.place import Place
+from common.checksum import Summing
 from common.errors import Code, KaError, from_errno
 from common.storage import sync_file_system
 
@@ -52,6 +53,8 @@ class FileSink:
         self._files = FileCache(self._open)
         self._pinned: list[int] = []
         """The descriptor of the only file, kept open for `locate`."""
+        self._buffers: list[memoryview] = []
+        """To read back into: one for each thread that writes.  Fresh memory costs page faults."""
         self._read_back: dict[int, Summing] = {}
         """Chunks that are being written, with the sum of what reads back."""
         self._right_ones: set[int] = set()
@@ -86,13 +89,27 @@ class FileSink:
         summing = self._read_back[chunk]
         start, size = manifest.extent(chunk)
         end = at + len(part)
-        for piece in self._content.pieces(start + at, len(part)):
-            with self._files.lend(piece.entry) as fd:
-                write_at(fd, part[: piece.length], piece.offset)
-                summing.update(os.pread(fd, piece.length, piece.offset))
-            part = part[piece.length :]
+        together = self._content.piece(start + at, len(part)) if self._pinned else None
+        if together is not None:  # spares what most of a large file's pieces need not pay for
+            self._put_at(self._pinned[0], part, together.offset, summing)
+        else:
+            for piece in self._content.pieces(start + at, len(part)):
+                with self._files.lend(piece.entry) as fd:
+                    self._put_at(fd, part[: piece.length], piece.offset, summing)
+                part = part[piece.length :]
         if end == size and self._read_back.pop(chunk).digest() == manifest.sum_at(chunk):
             self._right_ones.add(chunk)
+
+    def _put_at(self, fd: int, part: memoryview, offset: int, summing: Summing) -> None:
+        """Write a part, and sum what is read back."""
+        write_at(fd, part, offset)
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            assert self._manifest is not None
+            buffer = memoryview(bytearray(self._manifest.chunk_size))
+        summing.update(buffer[: os.preadv(fd, [buffer[: len(part)]], offset)])
+        self._buffers.append(buffer)
 
     def verify(self) -> list[int]:
         self._sync_stage()
@@ -124,13 +141,14 @@ class FileSink:
     def locate(self, chunk: int) -> tuple[int, int] | None:
         if not self._pinned:
             return None
-        pieces = list(self._pieces(chunk))
-        return (self._pinned[0], pieces[0].offset) if len(pieces) == 1 else None
+        assert self._manifest is not None
+        piece = self._content.piece(*self._manifest.extent(chunk))
+        return None if piece is None else (self._pinned[0], piece.offset)
 
     def read(self, chunk: int) -> bytes:
         assert self._manifest is not None
         buffer = memoryview(bytearray(self._manifest.extent(chunk)[1]))
-        return bytes(self._read_into(chunk, buffer) or b"")
+        return bytes(self._read_pieces(self._pieces(chunk), buffer) or b"")
 
     # ------------------------------------------------------------ what is there already
 
@@ -168,7 +186,9 @@ class FileSink:
         assert self._manifest is not None
         kept: dict[int, list[Piece]] = {}
         lacking: set[int] = set()
-        for chunk in range(self._manifest.chunk_count):
+        if not have:
+            lacking.update(index for index, entry in enumerate(self._entries) if entry.ranges)
+        for chunk in range(self._manifest.chunk_count if have else 0):
             for piece in self._pieces(chunk):
                 if have >> chunk & 1:
                     kept.setdefault(piece.entry, []).append(piece)
@@ -247,10 +267,10 @@ class FileSink:
         assert self._manifest is not None
         return list(self._content.pieces(*self._manifest.extent(chunk)))
 
-    def _read_into(self, chunk: int, buffer: memoryview) -> memoryview | None:
+    def _read_pieces(self, pieces: Sequence[Piece], buffer: memoryview) -> memoryview | None:
         """Read a chunk from wherever it is; None when a part of it is nowhere."""
         end = 0
-        for piece in self._pieces(chunk):
+        for piece in pieces:
             try:
                 with self._files.lend(piece.entry) as fd:
                     end += os.preadv(fd, [buffer[end : end + piece.length]], piece.offset)
@@ -262,10 +282,16 @@ class FileSink:
         """Yield each chunk but the *known* ones, and whether it is there and its sum is right."""
         assert self._manifest is not None
         buffer = memoryview(bytearray(self._manifest.chunk_size))
+        absent = -1
         for chunk in range(self._manifest.chunk_count):
             if chunk in known:
                 continue
-            data = self._read_into(chunk, buffer)
+            pieces = self._pieces(chunk)
+            if pieces[0].entry == absent:  # the other chunks of a large file
+                yield chunk, False
+                continue
+            data = self._read_pieces(pieces, buffer)
+            absent = pieces[0].entry if data is None and len(pieces) == 1 else -1
             yield chunk, data is not None and self._manifest.verify(chunk, data)
 
     def _open(self, index: int) -> int:

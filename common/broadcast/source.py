@@ -14,6 +14,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from common.broadcast.briefing import Plan, encode_plan
 from common.broadcast.filecache import FileCache
@@ -24,6 +25,8 @@ from common.errors import Code, KaError, from_errno
 __all__ = ["Source", "spool_command", "spool_stream"]
 
 SPOOL_READ_SIZE = 1024 * 1024
+WORKER_COUNT_MAX = 4
+"""Threads that sum: more than these are not faster than memory."""
 XATTR_PREFIXES = ("user.", "trusted.", "security.capability", "system.posix_acl_")
 
 
@@ -64,15 +67,13 @@ class Source:
     ) -> Plan:
         """Sum every chunk; `scan` comes first."""
         self._chunk_size = chunk_size
-        sums = bytearray()
         try:
-            for part in self.content(chunk_size):
-                sums += algorithm.sum_of(part)
+            sums = self._sum_all(algorithm)
         except OSError as error:
             raise _unreadable(error, self._path) from None
         table = encode_table(self._entries)
         manifest = Manifest(
-            transfer_id, image_id(name, table), self.size, chunk_size, algorithm, bytes(sums)
+            transfer_id, image_id(name, table), self.size, chunk_size, algorithm, sums
         )
         return Plan(manifest, self._entries, encode_plan(manifest, table, token))
 
@@ -94,8 +95,8 @@ class Source:
             return None
         offset = chunk * self._chunk_size
         length = min(self._chunk_size, self.size - offset)
-        first = next(self._content.pieces(offset, length))
-        return (self._single, first.offset) if first.length == length else None
+        piece = self._content.piece(offset, length)
+        return None if piece is None else (self._single, piece.offset)
 
     def read(self, chunk: int) -> bytes:
         offset = chunk * self._chunk_size
@@ -107,6 +108,23 @@ class Source:
         if self._single >= 0:
             os.close(self._single)
             self._single = -1
+
+    def _sum_all(self, algorithm: Algorithm) -> bytes:
+        """Sum every chunk: nothing is sent before, so no processor should be idle meanwhile."""
+        count, size = -(-self.size // self._chunk_size), algorithm.sum_size
+        worker_count = max(1, min(WORKER_COUNT_MAX, os.cpu_count() or 1, count))
+        sums = bytearray(count * size)
+
+        def sum_some(first: int) -> None:
+            buffer = memoryview(bytearray(min(self._chunk_size, self.size)))
+            for chunk in range(first, count, worker_count):
+                offset = chunk * self._chunk_size
+                part = self._read_into(offset, buffer[: min(len(buffer), self.size - offset)])
+                sums[chunk * size : (chunk + 1) * size] = algorithm.sum_of(part)
+
+        with ThreadPoolExecutor(worker_count, "sums") as workers:
+            list(workers.map(sum_some, range(worker_count)))
+        return bytes(sums)
 
     def _read_into(self, offset: int, buffer: memoryview) -> memoryview:
         """Fill the buffer from the content."""

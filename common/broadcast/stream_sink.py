@@ -54,8 +54,8 @@ class _FlatSink:
 
     def locate(self, chunk: int) -> tuple[int, int] | None:
         assert self._manifest is not None
-        pieces = list(self._content.pieces(*self._manifest.extent(chunk)))
-        return (self._fd, pieces[0].offset) if len(pieces) == 1 else None
+        piece = self._content.piece(*self._manifest.extent(chunk))
+        return None if piece is None else (self._fd, piece.offset)
 
     def read(self, chunk: int) -> bytes:
         assert self._manifest is not None

@@ -24,7 +24,7 @@ from common.framing import FrameReceiver
 from common.greeting import accept_peers, introduce
 from common.outbox import Part
 from common.session import Hello, Identity
-from common.sockets import connect_tcp
+from common.sockets import connect_tcp, flow_evenly
 
 __all__ = ["Release", "Switchboard"]
 
@@ -73,6 +73,8 @@ class Switchboard:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
+                for sock in sockets:
+                    flow_evenly(sock)
                 task_status.started()
                 await accept_peers(
                     sockets,
@@ -102,7 +104,8 @@ class Switchboard:
 
     def more_for(self, peer: int) -> None:
         """Something that was put for a peer has grown."""
-        self._dirty.update(dict.fromkeys(self._edges.get(peer, ())))
+        for edge in self._edges.get(peer, ()):
+            self._dirty[edge] = None
 
     def flush(self) -> None:
         while self._dirty:
@@ -144,6 +147,7 @@ class Switchboard:
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 sock = await connect_tcp(address)
+                flow_evenly(sock)
                 receiver = await introduce(sock, self._identity, self._job.token, self._dial_count)
         except trio.TooSlowError:
             reason = f"rank {peer} at {address} did not answer in time"

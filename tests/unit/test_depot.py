@@ -21,10 +21,10 @@ async def test_a_chunk_is_waited_for_from_its_header_on(autojump_clock: object) 
         depot = Depot(manifest, *nowhere, nursery)
         await trio.sleep(100)
         data = depot.lend(SIZE)
-        assert depot.came(0, data, 0)  # its header alone
+        assert depot.came(0, data, 0, trio.current_time())  # its header alone
         assert depot.paused() == []
         await trio.sleep(0.9 * PAUSE_MAX_S)
-        depot.came(0, data, 10)
+        depot.came(0, data, 10, trio.current_time())
         await trio.sleep(0.9 * PAUSE_MAX_S)
         assert depot.paused() == []
         await trio.sleep(0.2 * PAUSE_MAX_S)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from common.broadcast import sink as module
 from common.broadcast.filecache import write_at
+from common.broadcast.image import Piece
 from common.broadcast.manifest import Algorithm
 from common.broadcast.sink import FileSink
 from common.broadcast.source import Source
@@ -42,13 +44,13 @@ class Copy:
     def read_at_the_end(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
         """Verify; return the chunks that were read for it."""
         found: list[int] = []
-        read_into = self.sink._read_into
+        read_pieces = self.sink._read_pieces
 
-        def noted(chunk: int, buffer: memoryview) -> memoryview | None:
-            found.append(chunk)
-            return read_into(chunk, buffer)
+        def noted(pieces: Sequence[Piece], buffer: memoryview) -> memoryview | None:
+            found.append(pieces[0].offset // CHUNK_SIZE)
+            return read_pieces(pieces, buffer)
 
-        monkeypatch.setattr(self.sink, "_read_into", noted)
+        monkeypatch.setattr(self.sink, "_read_pieces", noted)
         assert self.sink.verify() == []
         return found
 

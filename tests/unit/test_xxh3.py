@@ -60,7 +60,7 @@ def test_what_comes_in_parts_has_the_sum_of_the_whole(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checksum, "COMPILED", compiled)
-        summing = checksum.Summing()
+        summing = checksum.summing()
         places = sorted(min(cut, len(data)) for cut in cuts)
         for start, stop in pairwise((0, *places, len(data))):
             summing.update(data[start:stop])
