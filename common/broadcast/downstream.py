@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from common.broadcast import chunkset
-from common.broadcast.node import END, Node
+from common.broadcast.node import END, Node, SendPast
 from common.broadcast.pace import STUCK_COUNT, Pace, Paces
 from common.broadcast.standby import Vacancies, places, rest
 from common.broadcast.upstream import REDIRECT_COUNT_MAX
@@ -292,7 +292,8 @@ class Downstream:
     def _replace(self, peer: int, place: int, lives: bool, reason: str, now: float) -> None:
         """Adopt the children of *peer*; if they are too many let another take its place."""
         node = self.node
-        orphans = [one for one in self._planned(place) if one not in self.children]
+        known = self.children.keys() | {node.rank}  # itself: it may stand in for another
+        orphans = [one for one in self._planned(place) if one not in known]
         if self._vacancies.standbys.get(place, peer) in self.children.keys() - {peer}:
             return  # it was slow before it was lost, and has been replaced
         relays = any(map(self._planned, orphans))
@@ -431,4 +432,16 @@ class Downstream:
         node.ledger.note(peer, f"{reason}: made a leaf by rank {node.rank}")
         self._replace(peer, child.place, True, reason, now)
         instead = self._rest(peer)
-        node.send(peer, Demote(node.transfer, self.index, instead, reason))
+        message = Demote(node.transfer, self.index, instead, reason)
+        if instead < 0 or self._is_neighbour_elsewhere(peer):
+            node.send(peer, message)
+        else:
+            # What is under way to it would take its share of this node's link for long.
+            self._remove(peer, now)
+            node.actions.append(SendPast(peer, message))
+
+    def _is_neighbour_elsewhere(self, peer: int) -> bool:
+        """Return whether a peer feeds this node, or is fed by it, in another tree."""
+        node = self.node
+        other = (fed for fed in node.fed[:-1] if fed is not self.children)
+        return peer in node.parents or any(peer in fed for fed in other)

@@ -18,6 +18,7 @@ Invariants
 from __future__ import annotations
 
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -35,6 +36,7 @@ __all__ = ["Edge", "Owner", "chunk_header"]
 
 SIZE_PER_TURN = 4 * 1024 * 1024
 """A busy edge lets other tasks run after this much."""
+_AT_ONCE = struct.pack("ii", 1, 0)
 UNSENT_SIZE_MAX = 1024 * 1024 * 1024
 """Far beyond all windows: a peer that makes us queue this much is out of its mind."""
 
@@ -189,6 +191,12 @@ class Edge:
             except OSError:
                 return
             await self._closed.wait()
+
+    def abort(self) -> None:
+        """End it, and take back what the kernel has not sent yet."""
+        if self.is_open and self._sock.family != socket.AF_UNIX:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+        self.close()
 
     def close(self) -> None:
         """End it; the owner hears nothing any more."""

@@ -5,8 +5,8 @@ The shell calls a method for each event and carries out the returned actions in 
 
 Invariants
   * a chunk counts as had only after its sum was found right;
-  * what comes from the parent is passed on while it comes, unless the parent's last chunk was
-    damaged: so damage travels on once at most, and is found by every node for itself;
+  * what comes from the parent is passed on while it comes, unless the parent's last two chunks
+    were damaged: so damage travels on twice at most, and is found by every node for itself;
   * it is acknowledged only after the sink has it, so at most `window_count` chunks per tree are
     held for a sink that is slow, and a parent never waits for anything but this node's sink;
   * "verified" is said only by the node itself, after every chunk was read back from its sink;
@@ -63,6 +63,10 @@ from common.messages import Message
 
 __all__ = ["Hop"]
 
+DISTRUSTED_COUNT = 2
+"""Damaged chunks in a row after which a parent's next one is not passed on while it comes.  One may
+be what a relay further up left when it was lost: were all below to wait for the whole chunk then,
+each would fall behind by as much."""
 DAMAGED_COUNT_MAX = 3
 """Damaged chunks in a row after which a node looks for another parent."""
 NOBODY = -1
@@ -171,7 +175,8 @@ class Hop:
         self.node.check_chunk(chunk)
         self._enter(now)
         node, index = self.node, self.node.tree_of(chunk)
-        fit = self.ups[index].is_parent(peer) and peer not in self._damaged
+        damaged_count = self._damaged.get(peer, 0)
+        fit = self.ups[index].is_parent(peer) and damaged_count < DISTRUSTED_COUNT
         if fit and node.relays and not self.finished:
             node.coming |= 1 << chunk & ~node.have
             self.downs[index].pump(now)

@@ -28,6 +28,7 @@ __all__ = [
     "Node",
     "Send",
     "SendChunk",
+    "SendPast",
     "VerifySink",
     "WriteChunk",
 ]
@@ -52,6 +53,13 @@ class SendChunk(NamedTuple):
 
     peer: int
     chunk: int
+
+
+class SendPast(NamedTuple):
+    """Send a message ahead of all that is under way to a peer, which is taken back."""
+
+    peer: int
+    message: Message
 
 
 class Disconnect(NamedTuple):
@@ -82,7 +90,7 @@ class Finished(NamedTuple):
     complaint: str
 
 
-Action = Send | SendChunk | Disconnect | WriteChunk | VerifySink | Finished
+Action = Send | SendPast | SendChunk | Disconnect | WriteChunk | VerifySink | Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,8 @@ class Node:
         self.actions: list[Action] = []
         self.places = [rank] * (self.control_index + 1)
         """By tree: the rank whose place this node has, or `END`."""
+        self.parents = [-1] * (self.control_index + 1)
+        """By tree: who feeds this node, or has been asked to."""
         self.fed: list[Collection[int]] = [()] * (self.control_index + 1)
         """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}

@@ -31,6 +31,7 @@ from common.broadcast.node import (
     Finished,
     Send,
     SendChunk,
+    SendPast,
     VerifySink,
     WriteChunk,
 )
@@ -220,6 +221,9 @@ class Relay:
                 case Send():
                     frame = encode_frame(Kind.NOTIFY, 0, HOP.encode(action.message))
                     self._board.put(action.peer, (frame,))
+                case SendPast():
+                    frame = encode_frame(Kind.NOTIFY, 0, HOP.encode(action.message))
+                    self._board.put_past(action.peer, (frame,))
                 case SendChunk():
                     self.depot.send(action.peer, action.chunk)
                 case WriteChunk():
@@ -300,7 +304,7 @@ class Relay:
     def edge_broke(self, edge: Edge, reason: str) -> None:
         _log.debug("edge.broke", peer=edge.peer, reason=reason)
         self._briefing.broken()
-        self._board.disconnect(edge.peer)
+        self._board.drop(edge)
         self._lost(edge.peer, reason)
 
     def _deliver(self, peer: int, message: Message) -> None:

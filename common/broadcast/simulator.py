@@ -34,6 +34,7 @@ from common.broadcast.node import (
     Finished,
     Send,
     SendChunk,
+    SendPast,
     VerifySink,
     WriteChunk,
 )
@@ -251,6 +252,8 @@ class Simulation:
                     self._send_chunk(rank, action.peer, action.chunk)
                 case Send():
                     self._send(rank, action.peer, action.message)
+                case SendPast():
+                    self._disconnect(rank, action.peer, action.message)
                 case WriteChunk():
                     self._write(rank, action.chunk)
                 case Disconnect():
@@ -407,13 +410,16 @@ class Simulation:
 
         self._at(self.now + after_s, tell)
 
-    def _disconnect(self, rank: int, peer: int) -> None:
+    def _disconnect(self, rank: int, peer: int, last: Message | None = None) -> None:
+        """End a connection; *last* comes by a new one before the peer notices."""
         link = self._link(rank, peer)
         link.generation += 1
         link.held.clear()
         for one, other in ((rank, peer), (peer, rank)):
             self._machines[one].outgoing.pop(other, None)
             self._machines[one].under_way.pop(other, None)
+        if last is not None:
+            self._send(rank, peer, last)
         if self._machines[peer].alive and not link.cut:
             self._tell_lost(peer, rank, "connection reset", self.scenario.latency_s)
 

@@ -102,6 +102,11 @@ class Switchboard:
             self._nursery.start_soon(self._dial, peer, dial)
         dial.queue.append((parts, release))
 
+    def put_past(self, peer: int, parts: Sequence[Part]) -> None:
+        """Send a frame by a new connection, and then give up the old ones with what waits there."""
+        assert self._nursery is not None
+        self._nursery.start_soon(self._put_past, peer, parts)
+
     def more_for(self, peer: int) -> None:
         """Something that was put for a peer has grown."""
         for edge in self._edges.get(peer, ()):
@@ -117,13 +122,13 @@ class Switchboard:
             edge.poke()
 
     def disconnect(self, peer: int) -> None:
-        """Close all connections to a peer and forget what waits for it."""
+        """Close all connections to a peer and take back what waits for it."""
         dial = self._dialing.pop(peer, None)
         if dial is not None:
             dial.scope.cancel()
         for edge in list(self._edges.get(peer, ())):
-            edge.close()
-            self._drop(edge)
+            edge.abort()
+            self.drop(edge)
 
     async def finish(self) -> None:
         """Let what waits leave, and the neighbours hang up."""
@@ -139,8 +144,9 @@ class Switchboard:
         Raises KaError UNREACHABLE or TIMEOUT, or what the handshake ended with.
         """
         edges = self._edges.get(peer)
-        if edges:
-            return edges[0]
+        return edges[0] if edges else await self._connect(peer)
+
+    async def _connect(self, peer: int) -> Edge:
         address = self._job.addresses[peer]
         self._dial_count += 1
         sock: socket.socket | None = None
@@ -166,6 +172,21 @@ class Switchboard:
         self._nursery.start_soon(self._drive, edge)
         return edge
 
+    async def _put_past(self, peer: int, parts: Sequence[Part]) -> None:
+        old = list(self._edges.get(peer, ()))
+        try:
+            edge = await self._connect(peer)
+        except KaError as error:
+            _log.debug("past.impossible", peer=peer, reason=str(error))
+            self.put(peer, parts)
+            self.flush()
+            return
+        edge.put(parts)
+        edge.flush()
+        for one in old:
+            one.abort()
+            self.drop(one)
+
     def _all_edges(self) -> list[Edge]:
         return [edge for edges in self._edges.values() for edge in edges]
 
@@ -189,9 +210,10 @@ class Switchboard:
         try:
             await edge.run()
         finally:
-            self._drop(edge)
+            self.drop(edge)
 
-    def _drop(self, edge: Edge) -> None:
+    def drop(self, edge: Edge) -> None:
+        """Use a connection no more."""
         edges = self._edges.get(edge.peer, [])
         if edge in edges:
             edges.remove(edge)

@@ -44,7 +44,6 @@ class Upstream:
         self.node = node
         self.index = index
         self.state = UpstreamState.OFF if node.rank == SOURCE else UpstreamState.SEEKING
-        self.parent = -1
         self.parent_have_count = 0
         self.orphan_s = 0.0
         """Since when there is no parent."""
@@ -65,6 +64,14 @@ class Upstream:
         """When, own count, parent's count: where the comparison of rates began."""
         self._parent_rate = 0.0
         """Chunks a second that the parent has shown to receive; it should pass on as many."""
+
+    @property
+    def parent(self) -> int:
+        return self.node.parents[self.index]
+
+    @parent.setter
+    def parent(self, peer: int) -> None:
+        self.node.parents[self.index] = peer
 
     def start(self, now: float) -> None:
         self._started_s = self.orphan_s = now

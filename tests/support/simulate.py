@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 import click
 
-from common.broadcast.node import Action, Send, SendChunk
+from common.broadcast.node import Action, Send, SendChunk, SendPast
 from common.broadcast.scenario import Scenario, draw
 from common.broadcast.simulator import Breach, Outcome, Simulation
 from common.broadcast.topology import Kind
@@ -42,14 +42,15 @@ def trace_of(scenario: Scenario, seed: int = 1) -> list[str]:
     def note(now: float, rank: int, action: Action) -> None:
         if isinstance(action, SendChunk):
             return
-        if not isinstance(action, Send):
+        if not isinstance(action, Send | SendPast):
             found.append(f"{now:.3f} {rank}: {action}")
         elif not isinstance(action.message, Ack | Alive | Report):
             fields = action.message._asdict()
             del fields["transfer"]
             text = " ".join(f"{key}={value}" for key, value in fields.items())
             name = type(action.message).__name__
-            found.append(f"{now:.3f} {rank} -> {action.peer} {name} {text}".rstrip())
+            arrow = "->" if isinstance(action, Send) else "=>"
+            found.append(f"{now:.3f} {rank} {arrow} {action.peer} {name} {text}".rstrip())
 
     simulation = Simulation(scenario, random.Random(seed))
     simulation.trace = note

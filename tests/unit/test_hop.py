@@ -18,6 +18,7 @@ from common.broadcast.node import (
     HopOptions,
     Send,
     SendChunk,
+    SendPast,
     VerifySink,
     WriteChunk,
 )
@@ -71,7 +72,7 @@ def chunks_to(peer: int, actions: list[Action]) -> list[int]:
 
 
 def said_to(peer: int, actions: list[Action], kind: type) -> list[Any]:
-    sent = (one for one in actions if isinstance(one, Send) and one.peer == peer)
+    sent = (one for one in actions if isinstance(one, Send | SendPast) and one.peer == peer)
     return [one.message for one in sent if isinstance(one.message, kind)]
 
 
@@ -255,10 +256,13 @@ def test_a_child_that_takes_nothing_for_a_second_is_made_a_leaf() -> None:
     made = relay()
     made.chunk_received(1, 0, True, 0.0)
     actions = run_until(made, 0.0, 1.2, 1, 3)
-    assert said_to(3, actions, Demote)
+    (demote,) = said_to(3, actions, Demote)
     (adopt,) = said_to(4, actions, Adopt)
     assert adopt.lives
-    assert 3 in made.downs[0].children
+    # Another has room: what is under way is taken back, so that the link is free.
+    assert demote.instead > 0
+    assert not any(isinstance(one, Send) and one.message is demote for one in actions)
+    assert 3 not in made.downs[0].children
 
 
 def test_a_parent_that_has_more_and_sends_nothing_is_left() -> None:
@@ -429,13 +433,16 @@ def test_a_chunk_is_passed_on_while_it_comes_and_once() -> None:
     assert chunks_to(3, actions) == []
 
 
-def test_after_a_damaged_chunk_nothing_is_passed_on_before_it_was_found_right() -> None:
+def test_after_two_damaged_chunks_nothing_is_passed_on_before_it_was_found_right() -> None:
     made = relay()
     made.chunk_begins(1, 0, 0.1)
     made.chunk_received(1, 0, False, 0.2)
-    assert chunks_to(3, made.chunk_begins(1, 1, 0.3)) == []
-    assert chunks_to(3, made.chunk_received(1, 1, True, 0.4)) == [1]
-    assert chunks_to(3, made.chunk_begins(1, 2, 0.5)) == [2]
+    assert chunks_to(3, made.chunk_begins(1, 1, 0.3)) == [1]
+    made.chunk_received(1, 1, False, 0.4)
+    assert chunks_to(3, made.chunk_begins(1, 2, 0.5)) == []
+    assert chunks_to(3, made.chunk_received(1, 2, True, 0.6)) == [2]
+    made.message_received(3, Ack(ID, 2), 0.7)
+    assert chunks_to(3, made.chunk_begins(1, 3, 0.7)) == [3]
 
 
 def test_what_a_child_complains_about_is_sent_again_when_it_is_there() -> None:
