@@ -35,8 +35,8 @@ __all__ = [
 CHUNK_SIZES = tuple(1 << bits for bits in range(16, 23))
 """64 KiB ... 4 MiB: smaller ones cost more than they gain, larger ones make repairs dear."""
 CHUNK_S = 0.05
-"""What a chunk may take on the narrowest link, if it is not of the smallest size: whoever is
-relied on, or judged, is so by windows of chunks, well within a second."""
+"""What a chunk may take on its tree's share of the narrowest link, if it is not of the smallest
+size: whoever is relied on, or judged, is so by windows of chunks, well within a second."""
 LISTEN_S = 0.3
 """Until the source of a multicast pass knows who listens, and what they lack."""
 PIECE_SIZES = tuple(1 << bits for bits in range(16, 19))

@@ -18,8 +18,9 @@ from __future__ import annotations
 from collections import Counter, deque
 
 from common.broadcast import chunkset
+from common.broadcast.balance import Balance
 from common.broadcast.node import END, Node, SendPast
-from common.broadcast.pace import STUCK_COUNT, Pace, Paces
+from common.broadcast.pace import RAMP_S, STUCK_COUNT, Pace, Paces
 from common.broadcast.standby import Vacancies, places, rest
 from common.broadcast.upstream import REDIRECT_COUNT_MAX
 from common.broadcast.wire import Accept, Adopt, Alive, Attach, Demote, Leave, Refuse
@@ -96,6 +97,9 @@ class Downstream:
         self._paces = Paces(node, index)
         self._vacancies = Vacancies(node, index)
         self._guests: Counter[int] = Counter()
+        self.balance: Balance | None = None
+        """With the other data trees; at the source."""
+        self.acked_s = 0.0
         self._unfit: set[int] = set()
         """Who was lost, or is slow: not asked to feed others."""
 
@@ -125,6 +129,8 @@ class Downstream:
             needs, count = node.mask(index) & ~have, (node.mask(index) & have).bit_count()
             child = Child(message.attempt, message.place, needs, count, now)
             child.child_count = message.child_count
+            if message.attempt > 1:  # it comes from another parent: the others are ahead
+                child.pace.owed_s = now + RAMP_S
             self._any_demoted |= child.demoted
             self.children[peer] = child
             if not child.demoted:
@@ -331,6 +337,9 @@ class Downstream:
             ready = child.needs & (node.have | node.coming)
             if not ready:
                 return True
+            if self.balance is not None and self.balance.holds(self, now):
+                child.pace.owed_s = max(child.pace.owed_s, now)
+                return True
             if not self._budget.take(node.chunk_size, now):
                 child.progress_s = now
                 return False
@@ -350,11 +359,13 @@ class Downstream:
         if chunk in child.in_flight:
             child.in_flight.remove(chunk)
             self._paces.acked(child.pace, now)
-        child.progress_s = now
+        child.progress_s = self.acked_s = now
         self.feed(peer, now)
         if len(child.in_flight) < self.node.options.window_count:
             self._paces.ended(peer, child.pace, now)
-        if self._budget.rate or self._any_demoted:
+        if self.balance is not None:
+            self.balance.pump(now)
+        elif self._budget.rate or self._any_demoted:
             self.pump(now)
 
     def wanted(self, peer: int, chunks: int, now: float) -> None:
@@ -376,6 +387,11 @@ class Downstream:
         child.pace.have_count = max(child.pace.have_count, message.have_count)
         child.child_count = message.child_count
 
+    def lacking_count(self) -> int:
+        """Return how many chunks the child lacks that lacks most."""
+        fed = (child for child in self.children.values() if not child.demoted)
+        return max((one.needs.bit_count() + len(one.in_flight) for one in fed), default=0)
+
     def total(self) -> int:
         """Return what the subtrees of all children have, as they say."""
         return sum(child.count for child in self.children.values())
@@ -391,13 +407,13 @@ class Downstream:
         if self.is_control:
             return
         self._attach_all(self._vacancies.tick(now), now)
-        if self._budget.rate or self._any_demoted:
+        if self._budget.rate or self._any_demoted or self.balance is not None:
             self.pump(now)
         options, have = self.node.options, self.node.have
         for peer, child in list(self.children.items()):
             if not any(have >> chunk & 1 for chunk in child.in_flight):
                 child.progress_s = now  # what has not come here yet is not the child's fault
-                child.pace.owed_s = now
+                child.pace.owed_s = max(child.pace.owed_s, now)
             elif not self._relays(child):
                 continue
             elif now - child.progress_s > options.stall_s:

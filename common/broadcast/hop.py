@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from common.broadcast import chunkset
+from common.broadcast.balance import Balance
 from common.broadcast.downstream import Budget, Downstream
 from common.broadcast.manifest import Manifest
 from common.broadcast.node import (
@@ -152,6 +153,10 @@ class Hop:
     def start(self, now: float) -> list[Action]:
         """Begin; before any other event."""
         self._now = self._started_s = self._news_s = self._progress_s = now
+        if self.node.rank == SOURCE and len(self.downs) > 2:
+            balance = Balance(self.downs[:-1])
+            for down in self.downs[:-1]:
+                down.balance = balance
         self.passing.start(now)
         self._check_complete()
         self.wake_s = now + self.node.options.tick_s

@@ -28,7 +28,7 @@ from typing import NamedTuple
 from common.broadcast.node import Node
 from common.broadcast.topology import SOURCE
 
-__all__ = ["STUCK_COUNT", "Pace", "Paces"]
+__all__ = ["RAMP_S", "STUCK_COUNT", "Pace", "Paces"]
 
 DEMOTE_COUNT_MAX = 2
 LEAST_S = 0.25
@@ -37,6 +37,8 @@ STUCK_COUNT = 3
 """Chunks that were due: fewer tell nothing."""
 STUCK_SHARE = 0.15
 """Of what was due: who takes less is stuck.  A link at a twentieth shared by two shows a tenth."""
+RAMP_S = 0.5
+"""A connection that is new, on links that are full, needs as long to find its rate."""
 PATIENCE_SHARE = 0.02
 """Of the time that the copy needs: what those behind a slow relay may lose before it is found."""
 
@@ -90,7 +92,7 @@ class Pace:
         """What it has acknowledged, or says it has: its sink may be behind."""
         self.acked_total = have_count
         self.owed_s = now
-        """When it was last owed nothing that this node has."""
+        """When it was last owed nothing that this node has; till then it is not found stuck."""
 
 
 class Paces:

@@ -139,13 +139,13 @@ def _best(kind: Kind, request: Request) -> Choice:
     fanouts: Iterable[int] = FANOUTS.get(kind, (2,))
     if request.fanout is not None and kind in FANOUTS:
         fanouts = (request.fanout,)
-    chunk_sizes = _chunk_sizes(request)
-    if kind is Kind.MULTICAST and request.chunk_size is None:
-        small = [size for size in chunk_sizes if size <= MULTICAST_CHUNK_SIZE_MAX]
-        chunk_sizes = tuple(small) or chunk_sizes[:1]
     whole = max(1, request.size)
     tried: list[Choice] = []
     for fanout in fanouts:
+        chunk_sizes = _chunk_sizes(request, fanout if kind is Kind.STRIPES else 1)
+        if kind is Kind.MULTICAST and request.chunk_size is None:
+            small = [size for size in chunk_sizes if size <= MULTICAST_CHUNK_SIZE_MAX]
+            chunk_sizes = tuple(small) or chunk_sizes[:1]
         if kind is Kind.LAMBDA:
             topologies = {size: _lambda(min(size, whole), request) for size in chunk_sizes}
         else:
@@ -160,11 +160,11 @@ def _best(kind: Kind, request: Request) -> Choice:
     return min(tried, key=lambda choice: (choice.cost.seconds, -choice.chunk_size))
 
 
-def _chunk_sizes(request: Request) -> tuple[int, ...]:
+def _chunk_sizes(request: Request, tree_count: int) -> tuple[int, ...]:
     """Return the chunk sizes to try: neither the manifest nor a chunk may become too large."""
     smallest = max(1, -(-request.size // CHUNK_COUNT_MAX))
     network = request.network
-    rate = min(network.rate, network.uplink_rate or network.rate)
+    rate = min(network.rate, network.uplink_rate or network.rate) / tree_count
     largest = max(CHUNK_SIZES[0], smallest, rate * CHUNK_S)
     if smallest > CHUNK_SIZE_MAX:
         raise KaError(Code.USAGE, "more than one transfer can hold (4TiB)")

@@ -73,6 +73,7 @@ PURE: frozenset[str] = frozenset(
     {
         "common/broadcast/__init__.py",
         "common/broadcast/chunkset.py",
+        "common/broadcast/balance.py",
         "common/broadcast/cost.py",
         "common/broadcast/datagram.py",
         "common/broadcast/downstream.py",
