@@ -14,7 +14,7 @@ import enum
 import errno as _errno
 from dataclasses import dataclass
 
-__all__ = ["Code", "KaError", "Spec", "from_errno"]
+__all__ = ["Code", "KaError", "Spec", "first_error", "from_errno"]
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2
@@ -134,3 +134,15 @@ def from_number(number: int) -> Code:
 def from_errno(errno: int) -> Code:
     """Return the POSIX code for an errno of the local system; an unknown one is EIO."""
     return _BY_ERRNO.get(errno, Code.EIO)
+
+
+def first_error(group: BaseExceptionGroup) -> BaseException:
+    """Return the first error of a group, or the group if it holds more than KaError and OSError.
+
+    Not to be raised in an `except*`: Python 3.11.2, Debian 12's, puts it into a group again there.
+    """
+    _, other = group.split((KaError, OSError))
+    error: BaseException = group
+    while other is None and isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -24,7 +24,7 @@ from pathlib import Path
 import trio
 
 from common import log
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from common.signals import on_signal
 from kaboot import inventory as inventory_file
 from kaboot.control import Control, store_path
@@ -60,11 +60,8 @@ def serve(path: Path, *, ready_fd: int | None = None) -> None:
             work = partial(_run, path, inventory, staged, store, listener, ready_fd)
             try:
                 trio.run(work, strict_exception_groups=True)
-            except* (KaError, OSError) as group:
-                error: BaseException = group
-                while isinstance(error, BaseExceptionGroup):
-                    error = error.exceptions[0]
-                raise error from None
+            except BaseExceptionGroup as group:
+                raise first_error(group) from None
 
 
 @contextlib.contextmanager

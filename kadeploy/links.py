@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import trio
 
-from common.errors import Code, KaError, from_number
+from common.errors import Code, KaError, first_error, from_number
 from kadeploy import archive
 from kadeploy.orders import TOKEN_PATH, Order, to_json
 
@@ -199,8 +199,8 @@ class SshLink:
                 assert process.stderr is not None
                 nursery.start_soon(read, 0, process.stdout)
                 nursery.start_soon(read, 1, process.stderr)
-        except* KaError as group:
-            raise group.exceptions[0] from None
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
         if process.returncode != 0:
             lines = said[1].decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else process.returncode

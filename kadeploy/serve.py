@@ -22,7 +22,7 @@ from hypercorn.trio import serve as serve_http
 from hypercorn.typing import Framework
 
 from common import log
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from common.signals import on_signal
 from kadeploy import running
 from kadeploy.deploying import Deployer
@@ -55,11 +55,8 @@ def serve(
         work = partial(_run, settings, store, ready_fd, make_steps)
         try:
             trio.run(work, strict_exception_groups=True)
-        except* (KaError, OSError) as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
 
 
 async def _run(

@@ -24,7 +24,7 @@ from pathlib import Path
 import trio
 
 from common import log
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from common.signals import on_signal
 
 __all__ = ["PidFile", "drop_privileges", "run_until_signal", "spawn", "stop"]
@@ -130,11 +130,8 @@ def run_until_signal(
 
     try:
         trio.run(supervised, strict_exception_groups=True)
-    except* (KaError, OSError) as group:
-        error: BaseException = group
-        while isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        raise error from None
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
 
 
 def _keep_memory() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 import pytest
 
 from common import errors
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 
 
 def test_numbers_are_unique() -> None:
@@ -51,3 +53,20 @@ def test_an_error_reads_as_one_line_with_its_context() -> None:
 
 def test_an_error_of_this_process_is_not_remote() -> None:
     assert not KaError(Code.EIO, "x", a=1).remote
+
+
+def test_the_first_error_of_nested_groups_is_told_unless_there_are_others() -> None:
+    first = KaError(Code.AUTH, "first")
+    group = ExceptionGroup("", [ExceptionGroup("", [first]), OSError("second")])
+    assert first_error(group) is first
+    mixed = ExceptionGroup("", [first, ValueError()])
+    assert first_error(mixed) is mixed
+
+
+def test_no_error_is_raised_where_old_interpreters_wrap_it_again() -> None:
+    """Python 3.11.2, Debian 12's, puts it into a group if that is where it comes from."""
+    root = Path(__file__).parents[2]
+    packages = ("common", "nfsp", "karun", "kadeploy", "kaboot")
+    sources = [path for name in packages for path in (root / name).rglob("*.py")]
+    used = re.compile(r"^ *except\*", re.MULTILINE)
+    assert not [path for path in sources if used.search(path.read_text())]

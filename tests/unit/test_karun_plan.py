@@ -40,7 +40,7 @@ def test_plan_says_what_why_how_long_and_draws_a_small_tree(karun: Karun) -> Non
         "",
         "alternative      time    chunk  depth  fan-out",
         "chain          8.67 s     4MiB     12        1",
-        "2 stripes      8.72 s     4MiB      4        2",
+        "2 stripes      8.73 s     2MiB      4        2",
         "binary        17.32 s     4MiB      3        2",
         "binomial      34.56 s     4MiB      3        4",
         "lambda        34.56 s     4MiB      3        4",
