@@ -72,6 +72,8 @@ def _verdicts(module: str, directory: Path, report: Path) -> dict[str, str]:
 def test_verdicts_are_those_of_the_local_disk(
     module: str, cluster: Cluster, short_path: Path, tmp_path: Path
 ) -> None:
+    if importlib.util.find_spec(f"test.{module}") is None:
+        pytest.skip("not among the tests that are installed with this interpreter")
     here = _verdicts(module, short_path / module, tmp_path / "local.xml")
     there = _verdicts(module, cluster.mount / module, tmp_path / "mount.xml")
     different = [
