@@ -100,6 +100,7 @@ class Downstream:
         self.balance: Balance | None = None
         """With the other data trees; at the source."""
         self.acked_s = 0.0
+        """When a child last acknowledged a chunk."""
         self._unfit: set[int] = set()
         """Who was lost, or is slow: not asked to feed others."""
 

@@ -265,6 +265,7 @@ class Simulation:
                         self._summary = action.summary
 
     def _send(self, rank: int, peer: int, message: Message) -> None:
+        assert peer != rank, message
         self._queue(rank, peer, _Item(self.now + self.scenario.latency_s, message))
 
     def _queue(self, rank: int, peer: int, item: _Item) -> None:

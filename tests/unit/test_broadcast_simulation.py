@@ -180,6 +180,15 @@ def test_when_a_node_is_lost_nobody_feeds_more_than_links_are_planned_for(
     feeds_as_planned(found, kind)
 
 
+def test_a_standby_whose_own_parent_is_slow_next_does_not_offer_itself_to_itself() -> None:
+    whole = Scenario(
+        Shape(Kind.STRIPES, (8,), 2), chunk_count=256, chunk_size=1 << 20, link_rate=RATE,
+        options=HopOptions(expected_rate=RATE, deadline_s=40),
+        faults=(Fault(FaultKind.SLOW, 1, at_s=1.0), Fault(FaultKind.SLOW, 2, at_s=4.0)),
+    )  # fmt: skip
+    assert set(play(whole).summary.others) == {1, 2}
+
+
 def with_and_without(fault: Fault, kind: Kind) -> tuple[Outcome, Outcome]:
     """Copy 256 MiB to twelve nodes at 200 Mbit/s."""
     whole = Scenario(
