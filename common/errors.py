@@ -136,13 +136,14 @@ def from_errno(errno: int) -> Code:
     return _BY_ERRNO.get(errno, Code.EIO)
 
 
-def first_error(group: BaseExceptionGroup) -> BaseException:
-    """Return the first error of a group, or the group if it holds more than KaError and OSError.
+def first_error(error: BaseException) -> BaseException:
+    """Return what a group of one holds, or the first of several that are all KaError or OSError.
 
-    Not to be raised in an `except*`: Python 3.11.2, Debian 12's, puts it into a group again there.
+    That a nursery was about it is nobody's business; any other group is returned as it is.  Not to
+    be raised in an `except*`: Python 3.11.2, Debian 12's, puts it into a group again there.
     """
-    _, other = group.split((KaError, OSError))
-    error: BaseException = group
-    while other is None and isinstance(error, BaseExceptionGroup):
+    while isinstance(error, BaseExceptionGroup):
+        if len(error.exceptions) > 1 and error.split((KaError, OSError))[1] is not None:
+            break
         error = error.exceptions[0]
     return error

@@ -22,11 +22,11 @@ from typing import Any
 
 import trio
 
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from karun import archive, connectors, ssh_options
 from karun.connectors import Connector
 from karun.copied import Copied, CopyOptions, Step
-from karun.crew import Crew, Outcome, Recorder, alone, require_distinct
+from karun.crew import Crew, Outcome, Recorder, require_distinct
 from karun.engine import CONNECT_S, Engine, Limits
 from karun.joined import Joined
 from karun.mpi import Program, run_program, unit_names
@@ -148,7 +148,7 @@ async def _running(engine: Engine) -> AsyncIterator[Engine]:
             yield engine
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise alone(group) from None
+        raise first_error(group) from None
     finally:
         engine.quit()
         with trio.CancelScope(shield=True), trio.move_on_after(QUIT_S, shield=True):

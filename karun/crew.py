@@ -19,7 +19,7 @@ from karun.feed import CHUNK_SIZE
 from karun.orders import TIMEOUT, Command, Invocation, Orders, Sink
 from karun.results import CODE_STOPPED, CODE_TIMED_OUT, STAGE_STOPPED
 
-__all__ = ["Crew", "Outcome", "Recorder", "alone", "require_distinct", "require_file_names"]
+__all__ = ["Crew", "Outcome", "Recorder", "require_distinct", "require_file_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,10 +235,3 @@ def require_file_names(nodes: Sequence[str]) -> None:
         if "/" in node or node in ("", ".", ".."):
             reason = f"node {node!r} would leave the directory: its name is to be a file's"
             raise KaError(Code.USAGE, reason)
-
-
-def alone(error: BaseException) -> BaseException:
-    """Return what a group of one holds: that a nursery was about it is nobody's business."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
-        error = error.exceptions[0]
-    return error

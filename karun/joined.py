@@ -24,11 +24,11 @@ from typing import Any
 
 import trio
 
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from karun import archive, client
 from karun import session_wire as wire
 from karun.agent import frames
-from karun.crew import Crew, alone, require_distinct
+from karun.crew import Crew, require_distinct
 from karun.feed import Feed
 from karun.orders import Command, Commands, Invocation, Sink
 
@@ -216,6 +216,6 @@ async def _joined(session: str, nodes: Sequence[str]) -> AsyncIterator[_Orders]:
                 yield orders
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
-            raise alone(group) from None
+            raise first_error(group) from None
         finally:
             orders.closed = True

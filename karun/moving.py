@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import trio
 
 from common.config import format_size
+from common.errors import first_error
 from common.signals import on_signal
 from karun import nodes
 from karun.api import Copied, CopyOptions, Step
 from karun.connectors import WINDOWS
 from karun.copied import exit_code, report
-from karun.crew import Crew, alone
+from karun.crew import Crew
 from karun.lines import STDERR, STDOUT
 from karun.running import EXIT_INTERRUPTED, InSession, Where
 from karun.terminal import TERMINAL
@@ -89,7 +90,7 @@ async def _act(
                 results = await act(meter.told)
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
-        raise alone(group) from None
+        raise first_error(group) from None
     finally:
         meter.clear()
     if results is None:

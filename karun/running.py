@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import trio
 
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
-from karun.crew import Crew, alone
+from karun.crew import Crew
 from karun.engine import Limits
 from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR
@@ -127,7 +127,7 @@ def main(where: Where, options: Options) -> int:
         try:
             return trio.run(_run, run, options, printer, nodes.Names(units))
         except BaseExceptionGroup as group:
-            raise alone(group) from None
+            raise first_error(group) from None
 
 
 class _Prints:

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass, fields
 
 import trio
 
+from common.errors import first_error
 from common.signals import on_signal
 from karun import api, nodes
-from karun.crew import alone
 from karun.lines import STDOUT, Lines
 from karun.output import CODE_NO_READER
 from karun.results import CODE_UNREACHABLE
@@ -60,7 +60,7 @@ def main(where: Where, watch: Watch) -> int:
     try:
         return trio.run(_watch, where.run(names), view)
     except BaseExceptionGroup as group:
-        raise alone(group) from None
+        raise first_error(group) from None
 
 
 class _View:

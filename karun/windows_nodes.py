@@ -22,10 +22,10 @@ from subprocess import PIPE
 
 import trio
 
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from karun import windows
 from karun.copied import Copied, CopyOptions, Step
-from karun.crew import Outcome, alone
+from karun.crew import Outcome
 from karun.lines import STDERR, STDOUT
 from karun.orders import TIMEOUT, Sink
 from karun.reasons import explain
@@ -182,7 +182,7 @@ class WindowsNodes:
                 for rank in range(len(self.nodes)):
                     nursery.start_soon(one, rank)
         except BaseExceptionGroup as group:
-            raise alone(group) from None
+            raise first_error(group) from None
 
     async def _run(
         self, rank: int, remote: str, sink: Sink | None, limit_s: float

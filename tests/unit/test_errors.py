@@ -61,6 +61,8 @@ def test_the_first_error_of_nested_groups_is_told_unless_there_are_others() -> N
     assert first_error(group) is first
     mixed = ExceptionGroup("", [first, ValueError()])
     assert first_error(mixed) is mixed
+    interrupt = KeyboardInterrupt()
+    assert first_error(BaseExceptionGroup("", [interrupt])) is interrupt
 
 
 def test_no_error_is_raised_where_old_interpreters_wrap_it_again() -> None:
