@@ -24,7 +24,7 @@ from karun.agent.barrier import Gathering
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
 from karun.agent.process import OUT_OF_TIME, SIGKILL
-from karun.agent.setup import AUTO, Dialling, Setup
+from karun.agent.setup import AUTO, QUEUED_S, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
 from karun.feed import Feed
@@ -41,6 +41,8 @@ PUTS_SIZE_MAX = 3 << 20
 """Of one barrier, from all ranks: it must fit into a frame."""
 BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
+SOUGHT_S = 1.0
+"""And so long again while some are coming back, or if it slept; QUEUED_S at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +301,22 @@ class Engine:
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
             losses = {one: self.roster.loss_counts[one] for one in ranks}
-            self.loop.at(wait_s, lambda: self._give_up(losses, rank, reason))
+            self._give_up_in(wait_s, QUEUED_S, losses, rank, reason)
+
+    def _give_up_in(
+        self, wait_s: float, more_s: float, losses: dict[int, int], through: int, reason: str
+    ) -> None:
+        """Give up, after a while, those that are not back by then; *more_s*: later if need be."""
+        due_s = monotonic() + wait_s
+
+        def check() -> None:
+            we_slept = monotonic() - due_s > SOUGHT_S
+            if (we_slept or self._hub.is_sought) and more_s > 0:
+                self._give_up_in(SOUGHT_S, more_s - SOUGHT_S, losses, through, reason)
+            else:
+                self._give_up(losses, through, reason)
+
+        self.loop.at(wait_s, check)
 
     def _give_up(self, losses: dict[int, int], through: int, reason: str) -> None:
         for rank, loss in losses.items():

@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 
     from .caller import Call
 
-STRANGERS_MAX = 64
+STRANGERS_MAX = 256
+"""Let in at a time; more wait in the kernel's queue, where they cost nothing."""
 STRANGER_S = 5.0
+QUEUE_LENGTH = 4096
+"""All nodes may come at once: when a relay is lost, or after this host stood still.  A queue that
+is too short is worse than none: who is turned away believes itself connected for seconds."""
 
 
 class Hub:
@@ -183,7 +187,7 @@ class Hub:
         if self._listener is not None:
             return
         self._listener = listener = _listener(self._local)
-        listener.listen(STRANGERS_MAX)
+        listener.listen(QUEUE_LENGTH)
         listener.setblocking(False)
         self._loop.watch(listener.fileno(), READ, self._knock)
         self._port = listener.getsockname()[1]
@@ -195,15 +199,24 @@ class Hub:
 
     def _knock(self, _events: int) -> None:
         assert self._listener is not None
-        for _ in range(STRANGERS_MAX):  # many may come at once: when a relay is lost
+        while len(self._strangers) < STRANGERS_MAX:
             try:
                 fd, _address = self._listener._accept()  # type: ignore[attr-defined]
             except OSError:
                 return
-            if len(self._strangers) >= STRANGERS_MAX:
-                os.close(fd)
-            else:
-                self._challenge(fd)
+            self._challenge(fd)
+        self._loop.unwatch(self._listener.fileno())
+
+    def _leave(self, channel: Channel) -> None:
+        """This one is no stranger any more: there is a place for another."""
+        del self._strangers[channel]
+        if self._listener is not None:
+            self._loop.watch(self._listener.fileno(), READ, self._knock)
+
+    @property
+    def is_sought(self) -> bool:
+        """Whether there are some who may be coming back."""
+        return bool(self._strangers)
 
     def _challenge(self, fd: int) -> None:
         channel = Channel(self._loop, fd, fd, size_max=proof.UNPROVED_SIZE_MAX)
@@ -218,7 +231,7 @@ class Hub:
             channel.close("did not prove itself")
 
     def _stranger_closed(self, channel: Channel, _reason: str) -> None:
-        self._strangers.pop(channel, None)
+        self._leave(channel)
 
     def _stranger_frame(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
         nonce = self._strangers[channel]
@@ -229,7 +242,7 @@ class Hub:
         if theirs is None:
             channel.close("did not prove itself")
             return
-        del self._strangers[channel]
+        self._leave(channel)
         channel.trust()
         channel.peer = rank
         channel.frame, channel.closed = self._frame, self._closed
@@ -250,6 +263,7 @@ class Hub:
         if self._listener is not None:
             self._loop.unwatch(self._listener.fileno())
             self._listener.close()
+            self._listener = None
         self.dialer.stop()
         for channel in [*self.children, *self._strangers]:
             channel.close("stopped")

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 SIGKILL = 9
+BATCH_COUNT = 32
+"""Descriptors served between two looks at the timers.  One may stand for a process to be started,
+which takes as long as it waits for a processor; pings must go out meanwhile."""
 _POLL_S = 0.05
 """How often a child is asked for where the kernel has no pidfd (before 5.3)."""
 
@@ -81,7 +84,7 @@ class Loop:
     def step(self, wait_s: float | None) -> None:
         """Wait at most *wait_s*, then call what is due."""
         due = None if wait_s is None else monotonic() + wait_s
-        ready = self._epoll.poll(wait_s, 256)
+        ready = self._epoll.poll(wait_s, BATCH_COUNT)
         self.now = monotonic()
         self.gap_s = max(0.0, self.now - due) if due is not None and not ready else 0.0
         for fd, events in ready:

@@ -4,7 +4,8 @@ Concurrency: one thread, one loop; every method runs to its end before the next 
 
 Invariants
   * what the head is told goes through `Member`, so it is told exactly once;
-  * without a way to the head for `reattach_s`, every command here and every agent below is ended;
+  * without a way to the head for `reattach_s` (and QUEUED_S more if it just has no time), every
+    command here and every agent below is ended;
   * after QUIT nothing of the run is left on this node.
 """
 
@@ -19,7 +20,7 @@ from .keeper import Keeper
 from .loop import Loop, boot_id
 from .member import Member
 from .process import SIGKILL, Process
-from .setup import Dialling, Setup
+from .setup import QUEUED_S, Dialling, Setup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SETUP_S = 60.0
 QUIT_S = 2.0
+AGAIN_S = 1.0
 HELD_SIZE_MAX = 1 << 20
 """Of the way up: beyond it children are not read."""
 SILENT = "no answer"
@@ -174,7 +176,14 @@ class Agent:
         self._rejoin = Rejoin(
             self.loop, self._setup, 1 if many and reason == SILENT else 0, self._parent_found
         )
-        self._patience = self.loop.at(self._setup.reattach_s, self._quit)
+        self._patience = self.loop.at(self._setup.reattach_s, lambda: self._no_way(QUEUED_S))
+
+    def _no_way(self, left_s: float) -> None:
+        """The way back has been looked for long enough, unless this node stands in a queue."""
+        if self._rejoin is None or not self._rejoin.is_heard or left_s <= 0:
+            self._quit()
+        else:
+            self._patience = self.loop.at(AGAIN_S, lambda: self._no_way(left_s - AGAIN_S))
 
     def _parent_found(self, channel: Channel, rank: int, index: int) -> None:
         assert self._setup is not None

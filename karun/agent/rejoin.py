@@ -2,7 +2,8 @@
 
 Parent first (its connection may have broken while it lives), unless it had fallen silent; then
 grandparent, and so on to the head.  Each gets TRY_S; after a round without success there is a
-pause.  The caller sets the end to it.
+pause.  Once connected with the head it waits for its word, as long as the caller lets it: without
+the head there is no run, and to dial it anew would mean to stand in its queue once more.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class Rejoin:
         self._over = False
         self._dial()
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether there is a connection with an ancestor, which has yet to say something: it
+        lives, then, and has no time."""
+        return self._channel is not None
+
     def stop(self) -> None:
         self._over = True
         self._give_up()
@@ -67,6 +74,8 @@ class Rejoin:
             sock.close()
             self._next()
             return
+        if self._timer is not None and self._at == len(self._setup.ancestors) - 1:
+            self._timer.cancel()
         fd = sock.detach()
         self._channel = Channel(self._loop, fd, fd, size_max=proof.UNPROVED_SIZE_MAX)
         self._challenge = b""

@@ -12,6 +12,8 @@ from . import frames
 VERSION = 1
 AUTO, ALWAYS, NEVER = "auto", "always", "never"
 """Whether nodes call nodes: as it turns out, by order, not at all."""
+QUEUED_S = 60.0
+"""How much longer than `reattach_s` who comes back may take while the head has no time for it."""
 OTHER_PYTHONS = "python3.13 python3.12 python3.11 python3.10 python3.14 python3"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ import pytest
 import trio
 
 from karun.agent.frames import HEAD
-from karun.agent.setup import ALWAYS
+from karun.agent.setup import ALWAYS, NEVER
 from karun.api import Outcome, Run
 from karun.engine import Limits
 from tests.support.karun import Collect
@@ -166,6 +167,20 @@ async def test_all_connections_of_the_head_can_be_cut(tmp_path: Path) -> None:
             channel.close("cut")
         await until(lambda: hub.children and not hub.children & set(cut), "the nodes to return")
     check(results, the.sink, set())
+
+
+async def test_a_head_that_stood_still_has_all_its_nodes_back() -> None:
+    """Those that had just been set up too; as when the machine had no time for it."""
+    count = 400
+    limits = Limits(tree=NEVER, ping_s=0.5, reattach_s=4.0)
+    async with Run([f"n{number}" for number in range(count)], "local", limits=limits) as run:
+        hub = run.engine._hub
+        await until(lambda: len(hub.children) > count // 2, "half of the nodes to be there")
+        connected = set(hub.children)
+        time.sleep(5.0)  # noqa: ASYNC251 - nothing of this process is to go on
+        results = await run.command(["true"])
+        assert connected - hub.children
+    assert [one.reason for one in results if one.reason is not None] == []
 
 
 async def test_connections_can_be_cut_while_nodes_write(tmp_path: Path) -> None:
