@@ -180,7 +180,7 @@ class Agent:
 
     def _no_way(self, left_s: float) -> None:
         """The way back has been looked for long enough, unless this node stands in a queue."""
-        if self._rejoin is None or not self._rejoin.is_heard or left_s <= 0:
+        if self._rejoin is None or not self._rejoin.is_near or left_s <= 0:
             self._quit()
         else:
             self._patience = self.loop.at(AGAIN_S, lambda: self._no_way(left_s - AGAIN_S))
