@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 SETUP_S = 60.0
 QUIT_S = 2.0
-AGAIN_S = 1.0
+NEAR_S = 1.0
+"""How often it is asked whether the head is there and has no time."""
 HELD_SIZE_MAX = 1 << 20
 """Of the way up: beyond it children are not read."""
 SILENT = "no answer"
@@ -183,7 +184,7 @@ class Agent:
         if self._rejoin is None or not self._rejoin.is_near or left_s <= 0:
             self._quit()
         else:
-            self._patience = self.loop.at(AGAIN_S, lambda: self._no_way(left_s - AGAIN_S))
+            self._patience = self.loop.at(NEAR_S, lambda: self._no_way(left_s - NEAR_S))
 
     def _parent_found(self, channel: Channel, rank: int, index: int) -> None:
         assert self._setup is not None

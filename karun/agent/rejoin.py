@@ -41,15 +41,15 @@ class Rejoin:
         self._challenge = b""
         self._nonce = b""
         self._over = False
-        self._left = 0.0
-        """When an ancestor closed a connection."""
+        self._turned_away_s = 0.0
+        """When an ancestor last closed a connection."""
         self._dial()
 
     @property
     def is_near(self) -> bool:
         """Whether there is a connection with an ancestor, or was just now: it lives, then, and has
         no time."""
-        return self._channel is not None or self._loop.now - self._left < TRY_S
+        return self._channel is not None or self._loop.now - self._turned_away_s < TRY_S
 
     def stop(self) -> None:
         self._over = True
@@ -106,7 +106,7 @@ class Rejoin:
 
     def _closed(self, _channel: Channel, _reason: str) -> None:
         self._channel = None
-        self._left = self._loop.now
+        self._turned_away_s = self._loop.now
         if not self._over:
             self._next()
 
