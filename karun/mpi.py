@@ -66,10 +66,7 @@ async def run_program(run: Run, program: Program, sink: Sink) -> int:
     if out:
         world.stop(f"not started: {Names(run.nodes).fold(out)} not there")
     with trio.move_on_after(program.limit_s or float("inf")) as limit:
-        try:
-            await world.run()
-        finally:
-            world.reason = world.reason or "over"  # ranks that are killed now abort nothing
+        await world.run()
     if limit.cancelled_caught:
         world.out_of_time()
     return world.abort_code
@@ -109,17 +106,23 @@ class _World:
         self, local: int, ranks: list[int], stdin: bytes | AsyncIterable[bytes] | None
     ) -> None:
         program = self._program
-        await self._run.command(
-            program.argv,
-            sink=_Place(self, local, program.count),
-            ranks=ranks,
-            stdin=stdin,
-            line=program.line,
-            cwd=program.cwd,
-            env=program.env,
-            place=(self._number, local),
-            started=self._started,
-        )
+        try:
+            await self._run.command(
+                program.argv,
+                sink=_Place(self, local, program.count),
+                ranks=ranks,
+                stdin=stdin,
+                line=program.line,
+                cwd=program.cwd,
+                env=program.env,
+                place=(self._number, local),
+                started=self._started,
+            )
+        except BaseException:
+            # Its ranks have just been killed.  The nodes' news of it may come before the last of
+            # our tasks has ended: it is no abort.
+            self.reason = self.reason or "over"
+            raise
 
     def _started(self, command: Command) -> None:
         self._commands.append(command)
