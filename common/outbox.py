@@ -68,15 +68,21 @@ class Growing:
 class GrowingPayload:
     """A payload, or what has not left of it yet; for one outbox."""
 
-    __slots__ = ("growing", "offset")
+    __slots__ = ("given_up", "growing", "offset")
 
     def __init__(self, growing: Growing) -> None:
         self.growing = growing
         self.offset = 0
+        self.given_up = False
+        """The rest is not waited for: whatever is there passes for it."""
 
     @property
     def length(self) -> int:
         return len(self.growing.data) - self.offset
+
+    @property
+    def ready_size(self) -> int:
+        return len(self.growing.data) if self.given_up else self.growing.ready_size
 
 
 Part = Buffer | FilePayload | GrowingPayload
@@ -172,7 +178,8 @@ class Outbox:
     def _send_grown(self, first: GrowingPayload) -> bool:
         """Send what there is of it; return whether more can be sent."""
         growing, offset = first.growing, first.offset
-        if growing.ready_size <= offset:
+        ready_size = first.ready_size
+        if ready_size <= offset:
             return False
         sent = 0
         if growing.place is not None and offset < growing.stored_size:
@@ -185,13 +192,13 @@ class Outbox:
             except OSError:
                 growing.place = None
         if not sent:
-            sent = self._sock.send(growing.data[offset : growing.ready_size])
+            sent = self._sock.send(growing.data[offset:ready_size])
         self.size -= sent
         first.offset = offset + sent
         if not first.length:
             self._parts.popleft()
             return True
-        return first.offset < growing.ready_size
+        return first.offset < ready_size
 
     def _send_file(self, first: FilePayload) -> None:
         reason = "file too short"

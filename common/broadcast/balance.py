@@ -2,7 +2,12 @@
 
 TCP shares a link between two connections as it happens.  What one tree gets beyond its share only
 waits in its relays; and when it has all, the other tree is alone with relays that can pass on half
-of what the link brings.  So whoever is ahead waits for who is not.
+of what the link brings.  So whoever is ahead waits for who is not: a chunk for a chunk, by what has
+been sent, for acks come in lumps.
+
+A tree that has lost its relay comes behind by no fault of the link, and cannot make up for it: its
+other relays have their hands full.  Meanwhile the others go on as fast as before, and no faster,
+for the link is needed by who takes the relay's place; and they keep the lead that they got.
 """
 
 from __future__ import annotations
@@ -25,8 +30,16 @@ class Balanced(Protocol):
     def acked_s(self) -> float:
         """When a child last acknowledged a chunk."""
 
-    def lacking_count(self) -> int:
-        """Return how many chunks the child lacks that lacks most."""
+    @property
+    def acked_count(self) -> int:
+        """How many chunks children have acknowledged."""
+
+    @property
+    def settled_s(self) -> float:
+        """When who takes the place of a child should have found its rate."""
+
+    def unsent_count(self) -> int:
+        """Return how many chunks are still to be sent to the child that lacks most."""
 
     def pump(self, now: float) -> None: ...
 
@@ -34,17 +47,34 @@ class Balanced(Protocol):
 class Balance:
     """All data trees of one source."""
 
-    def __init__(self, trees: Sequence[Balanced]) -> None:
+    def __init__(self, trees: Sequence[Balanced], now: float) -> None:
         self._trees = trees
+        self._started_s = now
+        self._kept: dict[tuple[int, int], int] = {}
+        """By who is ahead and who is not: the lead, in chunks, that is not held against it."""
+        self._freed: dict[tuple[int, int], tuple[float, int]] = {}
+        """By the same: since when it does not wait for the other, and its lead then."""
 
     def holds(self, tree: Balanced, now: float) -> bool:
         """Return whether a tree should wait for others."""
-        enough = tree.lacking_count() + LEAD_COUNT_MAX
+        unsent_count, index = tree.unsent_count(), self._trees.index(tree)
         return any(
-            now - other.acked_s < PATIENCE_S and other.lacking_count() > enough
-            for other in self._trees
+            self._is_too_far((index, at), other.unsent_count() - unsent_count, now)
+            for at, other in enumerate(self._trees)
             if other is not tree
         )
+
+    def _is_too_far(self, pair: tuple[int, int], lead: int, now: float) -> bool:
+        tree, other = self._trees[pair[0]], self._trees[pair[1]]
+        if now < other.settled_s:
+            self._kept[pair] = lead
+        elif now - other.acked_s < PATIENCE_S:
+            self._freed.pop(pair, None)
+            kept = self._kept[pair] = max(0, min(lead, self._kept.get(pair, 0)))
+            return lead > kept + LEAD_COUNT_MAX
+        since_s, had = self._freed.setdefault(pair, (now, lead))
+        rate = tree.acked_count / max(now - self._started_s, PATIENCE_S)
+        return lead > had + LEAD_COUNT_MAX + rate * (now - since_s)
 
     def pump(self, now: float) -> None:
         """One tree has come nearer: the others may go on."""

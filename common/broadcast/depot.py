@@ -49,14 +49,14 @@ _log = log.get("ka.depot")
 class _Held:
     """A chunk in memory, or what has come of it, and how many still need it."""
 
-    __slots__ = ("count", "data", "growing", "grown_s", "peers", "summed_size", "summing")
+    __slots__ = ("count", "data", "growing", "grown_s", "summed_size", "summing", "takers")
 
     def __init__(self, data: memoryview, summing: Summing, now: float) -> None:
         self.data = data
         self.count = 1
         self.growing = Growing(data)
         self.grown_s = now
-        self.peers: list[int] = []
+        self.takers: list[tuple[int, GrowingPayload]] = []
         """To whom it is sent on while it comes."""
         self.summing = summing
         self.summed_size = 0
@@ -155,7 +155,7 @@ class Depot:
         return self._coming.pop(chunk)
 
     def _tell_peers(self, held: _Held) -> None:
-        for peer in held.peers:
+        for peer, _payload in held.takers:
             self._board.more_for(peer)
 
     def hold(self, chunk: int, data: memoryview) -> tuple[bool, Callable[[], None]]:
@@ -237,8 +237,7 @@ class Depot:
         self.sent_size += size
         coming = self._coming.get(chunk)
         if held is None and coming is not None:
-            coming.peers.append(peer)
-            self._send_held(peer, chunk, coming)
+            coming.takers.append((peer, self._send_held(peer, chunk, coming)))
         elif held is not None and not held.is_written:
             self._send_held(peer, chunk, held)
         elif (place := self._store.locate(chunk)) is not None:
@@ -252,11 +251,21 @@ class Depot:
     def _header(self, chunk: int, size: int) -> bytes:
         return chunk_header(self._manifest.transfer_id, chunk, size)
 
-    def _send_held(self, peer: int, chunk: int, held: _Held) -> None:
+    def _send_held(self, peer: int, chunk: int, held: _Held) -> GrowingPayload:
         held.count += 1
         held.growing.place = self._store.locate(chunk)
-        frame = (self._header(chunk, len(held.data)), GrowingPayload(held.growing))
+        payload = GrowingPayload(held.growing)
+        frame = (self._header(chunk, len(held.data)), payload)
         self._board.put(peer, frame, lambda: self._let_go(held))
+        return payload
+
+    def break_off(self, peer: int, chunk: int) -> None:
+        """Let a peer wait no longer for the rest of a chunk that is coming."""
+        held = self._coming.get(chunk)
+        for taker, payload in held.takers if held is not None else ():
+            if taker == peer:
+                payload.given_up = True
+                self._board.more_for(peer)
 
     async def _send_read(self, peer: int, chunk: int) -> None:
         size = self._manifest.extent(chunk)[1]

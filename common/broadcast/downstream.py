@@ -19,7 +19,7 @@ from collections import Counter, deque
 
 from common.broadcast import chunkset
 from common.broadcast.balance import Balance
-from common.broadcast.node import END, Node, SendPast
+from common.broadcast.node import END, BreakOff, Node, SendPast
 from common.broadcast.pace import RAMP_S, STUCK_COUNT, Pace, Paces
 from common.broadcast.standby import Vacancies, places, rest
 from common.broadcast.upstream import REDIRECT_COUNT_MAX
@@ -101,6 +101,9 @@ class Downstream:
         """With the other data trees; at the source."""
         self.acked_s = 0.0
         """When a child last acknowledged a chunk."""
+        self.acked_count = 0
+        self.settled_s = 0.0
+        """When the child in another's place should have found its rate."""
         self._unfit: set[int] = set()
         """Who was lost, or is slow: not asked to feed others."""
 
@@ -132,6 +135,7 @@ class Downstream:
             child.child_count = message.child_count
             if message.attempt > 1:  # it comes from another parent: the others are ahead
                 child.pace.owed_s = now + RAMP_S
+                self.settled_s = now + RAMP_S
             self._any_demoted |= child.demoted
             self.children[peer] = child
             if not child.demoted:
@@ -252,6 +256,8 @@ class Downstream:
         child = self.children.pop(peer, None)
         if child is not None:
             self._paces.ended(peer, child.pace, now)
+            half = (one for one in child.in_flight if self.node.coming >> one & 1)
+            self.node.actions.extend(BreakOff(peer, chunk) for chunk in half)
         return child
 
     def _planned(self, place: int) -> tuple[int, ...]:
@@ -299,6 +305,7 @@ class Downstream:
     def _replace(self, peer: int, place: int, lives: bool, reason: str, now: float) -> None:
         """Adopt the children of *peer*; if they are too many let another take its place."""
         node = self.node
+        self.settled_s = now + node.options.attach_s + RAMP_S
         known = self.children.keys() | {node.rank}  # itself: it may stand in for another
         orphans = [one for one in self._planned(place) if one not in known]
         if self._vacancies.standbys.get(place, peer) in self.children.keys() - {peer}:
@@ -361,6 +368,7 @@ class Downstream:
             child.in_flight.remove(chunk)
             self._paces.acked(child.pace, now)
         child.progress_s = self.acked_s = now
+        self.acked_count += 1
         self.feed(peer, now)
         if len(child.in_flight) < self.node.options.window_count:
             self._paces.ended(peer, child.pace, now)
@@ -388,10 +396,10 @@ class Downstream:
         child.pace.have_count = max(child.pace.have_count, message.have_count)
         child.child_count = message.child_count
 
-    def lacking_count(self) -> int:
-        """Return how many chunks the child lacks that lacks most."""
+    def unsent_count(self) -> int:
+        """Return how many chunks are still to be sent to the child that lacks most."""
         fed = (child for child in self.children.values() if not child.demoted)
-        return max((one.needs.bit_count() + len(one.in_flight) for one in fed), default=0)
+        return max((one.needs.bit_count() for one in fed), default=0)
 
     def total(self) -> int:
         """Return what the subtrees of all children have, as they say."""

@@ -154,7 +154,7 @@ class Hop:
         """Begin; before any other event."""
         self._now = self._started_s = self._news_s = self._progress_s = now
         if self.node.rank == SOURCE and len(self.downs) > 2:
-            balance = Balance(self.downs[:-1])
+            balance = Balance(self.downs[:-1], now)
             for down in self.downs[:-1]:
                 down.balance = balance
         self.passing.start(now)
@@ -417,10 +417,9 @@ class Hop:
     def _take_damaged(self, peer: int, chunk: int, now: float) -> None:
         node, up = self.node, self.ups[self.node.tree_of(chunk)]
         self.damaged_count += 1
-        count = self._damaged.get(peer, 0) + 1
-        self._damaged[peer] = count
         if not up.is_parent(peer):
-            return
+            return  # it had no reason to wait for the rest of it
+        self._damaged[peer] = count = self._damaged.get(peer, 0) + 1
         if count >= DAMAGED_COUNT_MAX:
             self._damaged[peer] = 0
             up.distrust(f"{count} damaged chunks in a row", now)

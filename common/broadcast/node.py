@@ -22,6 +22,7 @@ from common.messages import Message
 __all__ = [
     "END",
     "Action",
+    "BreakOff",
     "Disconnect",
     "Finished",
     "HopOptions",
@@ -62,6 +63,16 @@ class SendPast(NamedTuple):
     message: Message
 
 
+class BreakOff(NamedTuple):
+    """Let a peer wait no longer for the rest of a chunk that this node has not all of itself.
+
+    What is sent behind it gets through; the chunk will be found damaged.
+    """
+
+    peer: int
+    chunk: int
+
+
 class Disconnect(NamedTuple):
     """Close the connection and forget what is under way on it."""
 
@@ -90,7 +101,7 @@ class Finished(NamedTuple):
     complaint: str
 
 
-Action = Send | SendPast | SendChunk | Disconnect | WriteChunk | VerifySink | Finished
+Action = Send | SendPast | SendChunk | BreakOff | Disconnect | WriteChunk | VerifySink | Finished
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from common.broadcast.hop import Hop
 from common.broadcast.job import Job
 from common.broadcast.node import (
     Action,
+    BreakOff,
     Disconnect,
     Finished,
     Send,
@@ -228,6 +229,8 @@ class Relay:
                     self.depot.send(action.peer, action.chunk)
                 case WriteChunk():
                     self.depot.write(action.chunk)
+                case BreakOff():
+                    self.depot.break_off(action.peer, action.chunk)
                 case Disconnect():
                     self._board.disconnect(action.peer)
                 case VerifySink():

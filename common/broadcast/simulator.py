@@ -22,14 +22,16 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.broadcast import chunkset
 from common.broadcast.cost import piece_size
 from common.broadcast.hop import Hop
+from common.broadcast.machines import AS_IT_CAME, RIGHT, WRONG, Item, Link, Machine
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
     Action,
+    BreakOff,
     Disconnect,
     Finished,
     Send,
@@ -45,8 +47,6 @@ from common.messages import Message
 
 __all__ = ["Breach", "Outcome", "Simulation"]
 
-ABSENT, RIGHT, WRONG, AS_IT_CAME = 0, 1, 2, 3
-"""The last one is on its way, passed on before its sender has all of it."""
 SLOW_SHARE = 0.05
 LIMIT_S = 400.0
 """Virtual time after which a run that has not ended has lost its liveness."""
@@ -78,59 +78,6 @@ class Outcome:
     those at the end of a tree."""
 
 
-class _Machine:
-    """One node: its process, its link, its disk."""
-
-    def __init__(self, hop: Hop, chunk_count: int, rate: float, disk_rate: float) -> None:
-        self.hop = hop
-        self.alive = True
-        self.paused = False
-        self.life = 0
-        """Counts restarts: what belongs to an earlier one is void."""
-        self.waiting: list[Callable[[], None]] = []
-        """What happened while it was paused."""
-        self.rate = rate
-        self.disk_rate = disk_rate
-        self.outgoing: dict[int, deque[int]] = {}
-        """Chunks to send, by receiver: connections take turns on the link."""
-        self.sending = False
-        self.under_way: dict[int, float] = {}
-        """By receiver: when the last chunk that has left comes."""
-        self.coming_s: dict[int, float] = {}
-        """When the last byte of a chunk that is passed on meanwhile is expected."""
-        self.came_s = self.written_s = 0.0
-        """When its link is free to receive, and its disk to write."""
-        self.sink = bytearray(chunk_count)
-        self.sink_full = self.sink_hangs = False
-        self.blocked: list[Callable[[], None]] = []
-        """What waits for a sink that hangs."""
-        self.gained_s = -1.0
-        """When it was last sent a chunk that it lacked."""
-        self.stall_s = 0.0
-        self.verified_s = -1.0
-
-
-class _Link:
-    """The connection of two machines."""
-
-    def __init__(self) -> None:
-        self.generation = 0
-        self.cut = False
-        self.held: list[Callable[[], None]] = []
-        self.queues: dict[tuple[int, int], deque[_Item]] = {}
-        """By receiver and generation: what is under way, in the order in which it comes."""
-
-
-class _Item(NamedTuple):
-    """Something under way: a message, or a chunk."""
-
-    ready_s: float
-    """When it could be there, if nothing were before it, and all of it with the sender."""
-    message: Message
-    chunk: int = -1
-    state: int = ABSENT
-
-
 class Simulation:
     """One run of one scenario."""
 
@@ -155,13 +102,13 @@ class Simulation:
         self._manifest = Manifest(
             bytes(16), "simulated", size, scenario.chunk_size, Algorithm.XXH3, sums
         )
-        self._links: dict[tuple[int, int], _Link] = {}
+        self._links: dict[tuple[int, int], Link] = {}
         self._uplinks_s: dict[tuple[int, bool], float] = {}
         """By rack, and whether outwards: when the uplink is free."""
         self._neighbours: list[set[int]] = [set() for _ in range(self._topology.rank_count)]
         self._summary: Summary | None = None
         self._machines = [
-            _Machine(
+            Machine(
                 Hop(
                     rank,
                     self._topology,
@@ -256,6 +203,8 @@ class Simulation:
                     self._disconnect(rank, action.peer, action.message)
                 case WriteChunk():
                     self._write(rank, action.chunk)
+                case BreakOff():
+                    self._break_off(rank, action.peer, action.chunk)
                 case Disconnect():
                     self._disconnect(rank, action.peer)
                 case VerifySink():
@@ -266,16 +215,16 @@ class Simulation:
 
     def _send(self, rank: int, peer: int, message: Message) -> None:
         assert peer != rank, message
-        self._queue(rank, peer, _Item(self.now + self.scenario.latency_s, message))
+        self._queue(rank, peer, Item(self.now + self.scenario.latency_s, message))
 
-    def _queue(self, rank: int, peer: int, item: _Item) -> None:
+    def _queue(self, rank: int, peer: int, item: Item) -> None:
         link = self._link(rank, peer)
         queue = link.queues.setdefault((peer, link.generation), deque())
         queue.append(item)
         if len(queue) == 1:
             self._at(self._ready_s(rank, item), self._deliver, rank, peer, link.generation)
 
-    def _ready_s(self, rank: int, item: _Item) -> float:
+    def _ready_s(self, rank: int, item: Item) -> float:
         """Return when something is there; what its sender has not all of comes a piece later."""
         sender = self._machines[rank]
         if item.state != AS_IT_CAME or sender.hop.node.have >> item.chunk & 1:
@@ -328,9 +277,11 @@ class Simulation:
         state = sender.sink[chunk] or RIGHT  # from memory, if it is not written yet
         if passed_on:
             state = AS_IT_CAME
-        if self._rng.random() < self.scenario.damaged_share:
+        damaged = self._rng.random() < self.scenario.damaged_share
+        if damaged or (peer, chunk) in sender.broken_off:
             state = WRONG
-        item = _Item(arrival_s, None, chunk, state)
+        sender.broken_off.discard((peer, chunk))
+        item = Item(arrival_s, None, chunk, state)
         begins_s = max(self.now + self.scenario.latency_s, sender.under_way.get(peer, 0.0))
         arrival_s = sender.under_way[peer] = max(self._ready_s(rank, item), begins_s)
         self._at(begins_s, self._begins, rank, peer, link.generation, chunk, arrival_s)
@@ -403,6 +354,22 @@ class Simulation:
                 machine.under_way[peer] = ready_s = max(soon_s, queue[0].ready_s)
                 self._at(ready_s, self._deliver, rank, peer, link.generation)
 
+    def _break_off(self, rank: int, peer: int, chunk: int) -> None:
+        """Fill up what has left of a chunk, or will leave of it."""
+        sender, link = self._machines[rank], self._link(rank, peer)
+        if chunk in sender.outgoing.get(peer, ()):
+            sender.broken_off.add((peer, chunk))
+            return
+        queue = link.queues.get((peer, link.generation), deque())
+        for at, item in enumerate(queue):
+            if item.chunk == chunk and item.state == AS_IT_CAME:
+                filled_s = self.now + self.scenario.chunk_size / sender.rate
+                ready_s = min(self._ready_s(rank, item), filled_s + self.scenario.latency_s)
+                queue[at] = item._replace(ready_s=ready_s, state=WRONG)
+                sender.under_way[peer] = min(sender.under_way[peer], ready_s)
+                if at == 0:
+                    self._at(ready_s, self._deliver, rank, peer, link.generation)
+
     def _tell_lost(self, rank: int, peer: int, reason: str, after_s: float) -> None:
         life = self._machines[rank].life
 
@@ -419,16 +386,17 @@ class Simulation:
         for one, other in ((rank, peer), (peer, rank)):
             self._machines[one].outgoing.pop(other, None)
             self._machines[one].under_way.pop(other, None)
+            self._machines[one].broken_off.clear()
         if last is not None:
             self._send(rank, peer, last)
         if self._machines[peer].alive and not link.cut:
             self._tell_lost(peer, rank, "connection reset", self.scenario.latency_s)
 
-    def _link(self, rank: int, peer: int) -> _Link:
+    def _link(self, rank: int, peer: int) -> Link:
         key = (rank, peer) if rank < peer else (peer, rank)
         link = self._links.get(key)
         if link is None:
-            link = self._links[key] = _Link()
+            link = self._links[key] = Link()
             self._neighbours[rank].add(peer)
             self._neighbours[peer].add(rank)
         return link

@@ -13,6 +13,7 @@ from common.broadcast.hop import Hop
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
     Action,
+    BreakOff,
     Disconnect,
     Finished,
     HopOptions,
@@ -431,6 +432,23 @@ def test_a_chunk_is_passed_on_while_it_comes_and_once() -> None:
     actions = made.chunk_received(1, 0, True, 0.2)
     assert WriteChunk(0) in actions
     assert chunks_to(3, actions) == []
+
+
+def test_who_has_another_parent_is_not_kept_waiting_for_the_rest_of_a_chunk() -> None:
+    made = relay()
+    made.chunk_received(1, 0, True, 0.1)
+    made.chunk_begins(1, 1, 0.2)
+    assert made.message_received(3, Leave(ID, 0, 1, "adopted by another"), 0.3) == [BreakOff(3, 1)]
+
+
+def test_what_a_former_parent_broke_off_is_not_held_against_it() -> None:
+    made = relay()
+    for _ in range(2):
+        made.chunk_received(4, 0, False, 0.1)
+    made.message_received(1, Leave(ID, 0, 1, "made a leaf"), 0.2)
+    made.message_received(0, Accept(ID, 0, 2, 8), 0.3)
+    assert chunks_to(3, made.chunk_begins(0, 0, 0.4)) == [0]
+    assert made.damaged_count == 2
 
 
 def test_after_two_damaged_chunks_nothing_is_passed_on_before_it_was_found_right() -> None:

@@ -65,6 +65,21 @@ def test_what_grows_leaves_as_far_as_it_has_come_and_what_follows_waits(
     assert outbox.size == 0
 
 
+def test_what_one_outbox_waits_for_no_longer_the_others_still_wait_for(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    outbox = Outbox(ours)
+    growing = Growing(memoryview(bytearray(DATA)))
+    payloads = [GrowingPayload(growing), GrowingPayload(growing)]
+    outbox.put((payloads[0], b"behind"))
+    growing.grow(1000)
+    assert pump(outbox, theirs) == DATA[:1000]
+    payloads[0].given_up = True
+    assert pump(outbox, theirs) == DATA[1000:] + b"behind"
+    assert payloads[1].ready_size == 1000
+
+
 def test_what_is_stored_leaves_from_the_file_and_the_rest_from_memory(
     pair: tuple[socket.socket, socket.socket], tmp_path: Path
 ) -> None:
