@@ -345,7 +345,8 @@ class Downstream:
             ready = child.needs & (node.have | node.coming)
             if not ready:
                 return True
-            if self.balance is not None and self.balance.holds(self, now):
+            races = self.balance is not None and child.needs & node.mask(self.index)
+            if races and self.balance is not None and self.balance.holds(self, now):
                 child.pace.owed_s = max(child.pace.owed_s, now)
                 return True
             if not self._budget.take(node.chunk_size, now):
@@ -380,11 +381,24 @@ class Downstream:
     def wanted(self, peer: int, chunks: int, now: float) -> None:
         """The child has lost what it was sent."""
         child = self.children[peer]
-        child.needs |= chunks & self.node.mask(self.index)
+        child.needs |= chunks
         child.in_flight.difference_update(chunkset.indexes(chunks))
         self.feed(peer, now)
         if len(child.in_flight) < self.node.options.window_count:
             self._paces.ended(peer, child.pace, now)
+
+    def lent(self, peer: int, chunks: int, now: float) -> None:
+        """Send the child chunks of other trees too, when they are there."""
+        self.children[peer].needs |= chunks
+        self.feed(peer, now)
+
+    def spared(self, peer: int, chunks: int) -> None:
+        """The child gets these from another: what is not under way need not be sent."""
+        self.children[peer].needs &= ~chunks
+
+    def has_sent(self, peer: int, chunk: int) -> bool:
+        """Return whether an acknowledgement is due."""
+        return peer in self.children and chunk in self.children[peer].in_flight
 
     def took_bytes(self, peer: int, now: float) -> None:
         if peer in self.children:
@@ -399,7 +413,8 @@ class Downstream:
     def unsent_count(self) -> int:
         """Return how many chunks are still to be sent to the child that lacks most."""
         fed = (child for child in self.children.values() if not child.demoted)
-        return max((one.needs.bit_count() for one in fed), default=0)
+        mask = self.node.mask(self.index)  # what is lent is beside the race
+        return max(((one.needs & mask).bit_count() for one in fed), default=0)
 
     def total(self) -> int:
         """Return what the subtrees of all children have, as they say."""

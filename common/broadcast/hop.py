@@ -29,6 +29,7 @@ from typing import Any
 from common.broadcast import chunkset
 from common.broadcast.balance import Balance
 from common.broadcast.downstream import Budget, Downstream
+from common.broadcast.loans import Loans
 from common.broadcast.manifest import Manifest
 from common.broadcast.node import (
     Action,
@@ -51,12 +52,15 @@ from common.broadcast.wire import (
     Attach,
     Demote,
     Finish,
+    Lack,
     Leave,
+    Lend,
     Nack,
     PassOver,
     Promote,
     Refuse,
     Report,
+    Spare,
     Want,
 )
 from common.errors import Code, KaError
@@ -108,6 +112,7 @@ class Hop:
         indexes = range(len(topology.trees) + 1)
         self.ups = [Upstream(self.node, index) for index in indexes]
         self.downs = [Downstream(self.node, index, budget) for index in indexes]
+        self.loans = Loans(self.node, self.ups[:-1], self.downs[:-1])
         self.passing = Pass(self.node, self.ups, self.downs, is_on=passing)
         self.verdict = Verdict.PENDING
         self.finished = False
@@ -117,8 +122,8 @@ class Hop:
         """Chunks that came although this node had them."""
         self.damaged_count = 0
         self._written = self.node.have
-        self._unwritten: dict[int, int] = {}
-        """Chunks handed to the sink, and who sent them."""
+        self._unwritten: dict[int, list[int]] = {}
+        """Chunks handed to the sink, and who have sent them."""
         self._verifying = False
         self._verify_count = 0
         self._damaged: dict[int, int] = {}
@@ -131,7 +136,10 @@ class Hop:
         self._progress_s = 0.0
         self._progress = -1
         self._say_s = 0.0
-        self._handlers: dict[type, Callable[[int, Any, float], None]] = {
+        self._handlers = self._by_message()
+
+    def _by_message(self) -> dict[type, Callable[[int, Any, float], None]]:
+        return {
             Attach: self._attach,
             Accept: self._accept,
             Refuse: self._refuse,
@@ -146,6 +154,9 @@ class Hop:
             Nack: self._nack,
             Promote: self._promote,
             PassOver: self._pass_over,
+            Lack: self._lack,
+            Lend: self._lend,
+            Spare: self._spare,
         }
 
     # ------------------------------------------------------------ events
@@ -179,12 +190,12 @@ class Hop:
         """The first bytes of a chunk have come; `chunk_received` or `chunk_broke_off` follows."""
         self.node.check_chunk(chunk)
         self._enter(now)
-        node, index = self.node, self.node.tree_of(chunk)
+        node = self.node
         damaged_count = self._damaged.get(peer, 0)
-        fit = self.ups[index].is_parent(peer) and damaged_count < DISTRUSTED_COUNT
+        fit = self._from(peer, chunk) is not None and damaged_count < DISTRUSTED_COUNT
         if fit and node.relays and not self.finished:
             node.coming |= 1 << chunk & ~node.have
-            self.downs[index].pump(now)
+            self._pass_on(chunk, now)
         return self._take()
 
     def chunk_broke_off(self, chunk: int) -> list[Action]:
@@ -199,10 +210,11 @@ class Hop:
         node, index = self.node, self.node.tree_of(chunk)
         node.coming &= ~(1 << chunk)
         node.heard_s[peer] = now
-        up = self.ups[index]
-        if up.is_parent(peer):
+        up = self._from(peer, chunk)
+        if up is not None:
             up.progressed(now)
-        elif peer != up.parent and not self.finished:
+            self.ups[index].progressed(now)  # what was lent, the parent need not bring
+        elif peer != self.ups[index].parent and not self.finished:
             node.send(peer, Leave(node.transfer, index, 0, "fed by another"))
         if self.finished or self.verdict is Verdict.FAILED:
             return self._take()
@@ -210,9 +222,9 @@ class Hop:
             self._take_damaged(peer, chunk, now)
         elif node.have >> chunk & 1:
             self.duplicate_count += 1
-            if up.is_parent(peer) and chunk in self._unwritten:
-                self._unwritten[chunk] = peer  # who waits for the ack now
-            elif up.is_parent(peer):
+            if up is not None and chunk in self._unwritten:
+                self._unwritten[chunk].append(peer)
+            elif up is not None:
                 node.send(peer, Ack(node.transfer, chunk))
         else:
             self._damaged.pop(peer, None)
@@ -260,13 +272,13 @@ class Hop:
     def sink_wrote(self, chunk: int, now: float) -> list[Action]:
         """The sink has a chunk, and it can be read back from there."""
         self._enter(now)
-        node, up = self.node, self.ups[self.node.tree_of(chunk)]
-        peer = self._unwritten.pop(chunk, -1)
+        node, peers = self.node, self._unwritten.pop(chunk, ())
         if self.finished or self.verdict is Verdict.FAILED:
             return self._take()
         self._written |= 1 << chunk
-        if up.is_parent(peer):
-            node.send(peer, Ack(node.transfer, chunk))
+        for peer in peers:
+            if self._from(peer, chunk) is not None:
+                node.send(peer, Ack(node.transfer, chunk))
         self._check_complete()
         return self._take()
 
@@ -304,6 +316,7 @@ class Hop:
         for up, down in self.passing.trees():
             up.tick(now)
             down.tick(now)
+        self.loans.tick(now)
         self._tell()
         if now >= self._say_s:
             self._say_alive(now)
@@ -349,9 +362,14 @@ class Hop:
         self.ups[message.tree].refused(peer, message, now)
 
     def _ack(self, peer: int, message: Ack, now: float) -> None:
-        index = self.node.tree_of(message.chunk)
+        chunk = message.chunk
+        for down in self.downs[:-1]:
+            if down.has_sent(peer, chunk):
+                down.acked(peer, chunk, now)
+                return
+        index = self.node.tree_of(chunk)
         if self._is_child(peer, index, now):
-            self.downs[index].acked(peer, message.chunk, now)
+            self.downs[index].acked(peer, chunk, now)
 
     def _want(self, peer: int, message: Want, now: float) -> None:
         chunks = chunkset.decode(message.chunks, self.node.chunk_count)
@@ -404,6 +422,24 @@ class Hop:
         if self.ups[-1].is_parent(peer):
             self.passing.end(now)
 
+    def _lack(self, peer: int, message: Lack, now: float) -> None:
+        is_data = message.tree < self.node.control_index
+        if is_data and self._is_child(peer, message.tree, now):
+            self.loans.lend(peer, message, now)
+
+    def _lend(self, peer: int, message: Lend, now: float) -> None:
+        if message.tree < self.node.control_index:
+            self.loans.borrow(peer, message, now)
+
+    def _spare(self, peer: int, message: Spare, now: float) -> None:
+        if self._is_child(peer, message.tree, now):
+            chunks = chunkset.decode(message.chunks, self.node.chunk_count)
+            self.downs[message.tree].spared(peer, chunks)
+
+    def _from(self, peer: int, chunk: int) -> Upstream | None:
+        """Return where *peer* is the parent that a chunk may come from."""
+        return next((up for up in self.loans.ups_of(chunk) if up.is_parent(peer)), None)
+
     def _is_child(self, peer: int, index: int, now: float) -> bool:
         """Return whether *peer* is; if it takes itself for one, tell it."""
         if peer in self.downs[index].children:
@@ -415,9 +451,9 @@ class Hop:
     # ------------------------------------------------------------ chunks and the sink
 
     def _take_damaged(self, peer: int, chunk: int, now: float) -> None:
-        node, up = self.node, self.ups[self.node.tree_of(chunk)]
+        node, up = self.node, self._from(peer, chunk)
         self.damaged_count += 1
-        if not up.is_parent(peer):
+        if up is None:
             return  # it had no reason to wait for the rest of it
         self._damaged[peer] = count = self._damaged.get(peer, 0) + 1
         if count >= DAMAGED_COUNT_MAX:
@@ -429,9 +465,14 @@ class Hop:
     def _take_intact(self, chunk: int, peer: int, now: float) -> None:
         node = self.node
         node.have |= 1 << chunk
-        self._unwritten[chunk] = peer
+        self._unwritten[chunk] = [peer]
         node.actions.append(WriteChunk(chunk))
-        self.downs[node.tree_of(chunk)].pump(now)
+        self._pass_on(chunk, now)
+        self.loans.consider(now)
+
+    def _pass_on(self, chunk: int, now: float) -> None:
+        for up in self.loans.ups_of(chunk):
+            self.downs[up.index].pump(now)
 
     def _check_complete(self) -> None:
         node = self.node

@@ -366,7 +366,7 @@ class Simulation:
                 filled_s = self.now + self.scenario.chunk_size / sender.rate
                 ready_s = min(self._ready_s(rank, item), filled_s + self.scenario.latency_s)
                 queue[at] = item._replace(ready_s=ready_s, state=WRONG)
-                sender.under_way[peer] = min(sender.under_way[peer], ready_s)
+                sender.under_way[peer] = min(sender.under_way.get(peer, ready_s), ready_s)
                 if at == 0:
                     self._at(ready_s, self._deliver, rank, peer, link.generation)
 

@@ -50,14 +50,15 @@ class Upstream:
         self._started_s = 0.0
         self._retry_s = 0.0
         self._asked_s = 0.0
-        self._attempt = 0
+        self.attempt = 0
+        """Of the last attach."""
         self._redirect_count = 0
         self._unanswered_count = 0
         self._avoided: dict[int, float] = {}
         self._asked_again: set[int] = set()
         self._progress_s = 0.0
         """When it last made progress, or this node lacked nothing that it has."""
-        self._fed_s = 0.0
+        self.fed_s = 0.0
         """When anything of a chunk last came."""
         self._move_count = 0
         self._lag = (0.0, 0, 0)
@@ -103,7 +104,7 @@ class Upstream:
 
     def refused(self, peer: int, message: Refuse, now: float) -> None:
         """Ask another; a parent may say so later too, when there is somebody in its place."""
-        sent_away = self.is_parent(peer) and message.attempt == self._attempt
+        sent_away = self.is_parent(peer) and message.attempt == self.attempt
         if not sent_away and not self._answers(peer, message.attempt):
             return
         self._avoided[peer] = now + self.node.options.avoid_s / 5
@@ -201,7 +202,7 @@ class Upstream:
 
     def progressed(self, now: float) -> None:
         """A chunk, or bytes of one, came from the parent."""
-        self._progress_s = self._fed_s = now
+        self._progress_s = self.fed_s = now
 
     def distrust(self, reason: str, now: float) -> None:
         """The parent sends damaged chunks again and again."""
@@ -240,11 +241,11 @@ class Upstream:
     def _is_well_fed(self, now: float) -> bool:
         if self.index == self.node.control_index:
             return False  # nearer to the source is never worse, and no data move
-        return now - self._fed_s < self.node.options.silence_s / 2
+        return now - self.fed_s < self.node.options.silence_s / 2
 
     def _answers(self, peer: int, attempt: int) -> bool:
         asking = self.state is UpstreamState.ASKING
-        return asking and peer == self.parent and attempt == self._attempt
+        return asking and peer == self.parent and attempt == self.attempt
 
     def _move(self, reason: str, now: float) -> None:
         """Leave a parent that lives, but not for ever: moving is not free."""
@@ -258,7 +259,7 @@ class Upstream:
         self._seek(now)
 
     def _say_leave(self, reason: str) -> None:
-        self.decline(self.parent, reason, self._attempt)
+        self.decline(self.parent, reason, self.attempt)
 
     def decline(self, peer: int, reason: str, attempt: int = 0) -> None:
         """Turn down an offer, or leave what was asked for under *attempt*."""
@@ -291,15 +292,15 @@ class Upstream:
 
     def _ask(self, peer: int, now: float) -> None:
         node = self.node
-        if self._attempt:
+        if self.attempt:
             node.attempt += 1  # what others say of the earlier one is void
-        self._attempt = node.attempt
+        self.attempt = node.attempt
         self._orphaned(now)
         self.state, self.parent, self._asked_s = UpstreamState.ASKING, peer, now
         have = chunkset.encode(node.have & node.mask(self.index))
         redirect_count = min(self._redirect_count, REDIRECT_COUNT_MAX)
         place, child_count = node.places[self.index], len(node.fed[self.index])
         attach = Attach(
-            node.transfer, self.index, self._attempt, have, redirect_count, place, child_count
+            node.transfer, self.index, self.attempt, have, redirect_count, place, child_count
         )
         node.send(peer, attach)

@@ -21,12 +21,15 @@ __all__ = [
     "Chunk",
     "Demote",
     "Finish",
+    "Lack",
     "Leave",
+    "Lend",
     "Nack",
     "PassOver",
     "Promote",
     "Refuse",
     "Report",
+    "Spare",
     "Want",
 ]
 
@@ -192,3 +195,30 @@ class Promote(NamedTuple):
     tree: int
     place: int
     reason: str
+
+
+@HOP.message(16)
+class Lack(NamedTuple):
+    """Child to parent: I have all of this tree, and lack these chunks of others -> `Lend`."""
+
+    transfer: bytes
+    tree: int
+    chunks: bytes
+
+
+@HOP.message(17)
+class Lend(NamedTuple):
+    """Parent to child: these come by this tree; none: ask again."""
+
+    transfer: bytes
+    tree: int
+    chunks: bytes
+
+
+@HOP.message(18)
+class Spare(NamedTuple):
+    """Child to parent: these need not be sent, another brings them."""
+
+    transfer: bytes
+    tree: int
+    chunks: bytes

@@ -80,6 +80,7 @@ PURE: frozenset[str] = frozenset(
         "common/broadcast/hop.py",
         "common/broadcast/image.py",
         "common/broadcast/job.py",
+        "common/broadcast/loans.py",
         "common/broadcast/machines.py",
         "common/broadcast/manifest.py",
         "common/broadcast/multicast.py",
