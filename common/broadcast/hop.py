@@ -351,6 +351,8 @@ class Hop:
     # ------------------------------------------------------------ messages
 
     def _attach(self, peer: int, message: Attach, now: float) -> None:
+        if message.attempt > 1:
+            self.node.renewed_s[peer] = now
         self.downs[message.tree].attach(peer, message, now)
         if message.tree == self.node.control_index:
             self.passing.greet(peer)

@@ -7,12 +7,13 @@ others (`Lack`).  The parent lends half of it at most, the latest first, and onl
 itself: nobody ever waits for who waits for him (`Lend`).  The node tells the parent that would have
 sent them (`Spare`).  The source has everything: it begins there, and goes down the idle tree.
 
-A loan that does not come within `stall_s`, or whose lender is the parent no more, is given back:
-the chunks are asked for where they belong (`Want`).  A chunk may come twice; it counts once.
+A loan that has not come in time, or whose lender is the parent no more, is given back: the chunks
+are asked for where they belong (`Want`).  A chunk may come twice; it counts once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,12 +27,14 @@ __all__ = ["Loans"]
 
 LACK_COUNT_MIN = 4
 """For less it is not worth asking."""
-LEND_COUNT_MAX = 64
-"""Chunks of one loan."""
+LEND_COUNT_MAX = 16
+"""Chunks of one loan: what a link carries in less than a second, by the plan."""
+TERM_COUNT = 2
+"""So many times `stall_s` is a loan waited for."""
 
 
 @dataclass(slots=True)
-class _Loan:
+class _Account:
     """What one parent has lent."""
 
     attempt: int
@@ -40,7 +43,9 @@ class _Loan:
     """All that it was: who sends a chunk is owed an answer, though it comes late."""
     due: int = 0
     """What is waited for, if it has not come."""
-    since_s: float = 0.0
+    until_s: float = 0.0
+    ask_s: float = 0.0
+    """When the parent may be asked again: not before it answers, and never once it was late."""
 
 
 class Loans:
@@ -50,17 +55,15 @@ class Loans:
         self._node = node
         self._ups = ups
         self._downs = downs
-        self._loans: dict[int, _Loan] = {}
-        """By the tree that brings it."""
-        self._ask_s: dict[int, float] = {}
-        """By tree: when the parent may be asked again."""
+        self._accounts: dict[int, _Account] = {}
+        """By the tree that brings the chunks."""
 
     def ups_of(self, chunk: int) -> list[Upstream]:
         """Return where a chunk may come from: its own tree first, and one that lends it."""
         found = [self._ups[self._node.tree_of(chunk)]]
-        if self._loans:
-            loans = self._loans.items()
-            found.extend(self._ups[index] for index, loan in loans if loan.chunks >> chunk & 1)
+        if self._accounts:
+            accounts = self._accounts.items()
+            found.extend(self._ups[index] for index, one in accounts if one.chunks >> chunk & 1)
         return found
 
     def consider(self, now: float) -> None:
@@ -69,19 +72,17 @@ class Loans:
             return
         node = self._node
         lacking = node.everything & ~(node.have | node.coming)
-        for loan in self._loans.values():
-            lacking &= ~loan.due
+        for account in self._accounts.values():
+            lacking &= ~account.due
         if lacking.bit_count() < LACK_COUNT_MIN:
             return
         for up in self._ups:
-            index = up.index
-            due = self._loans[index].due if index in self._loans else 0
-            if (node.mask(index) | due) & ~node.have:
+            if up.state is not UpstreamState.ATTACHED or not node.is_in_rack(up.parent):
                 continue
-            fit = up.state is UpstreamState.ATTACHED and node.is_in_rack(up.parent)
-            if fit and now >= self._ask_s.get(index, 0.0):
-                self._ask_s[index] = now + node.options.attach_s
-                node.send(up.parent, Lack(node.transfer, index, chunkset.encode(lacking)))
+            account = self._account(up)
+            if now >= account.ask_s and not (node.mask(up.index) | account.due) & ~node.have:
+                account.ask_s = math.inf
+                node.send(up.parent, Lack(node.transfer, up.index, chunkset.encode(lacking)))
 
     def lend(self, peer: int, message: Lack, now: float) -> None:
         """Lend a child some of what it lacks, and say what."""
@@ -91,7 +92,7 @@ class Loans:
         if down.children[peer].demoted:
             count = 0  # it gets what its siblings leave
         lent = 0
-        owed = self._loans[message.tree].due if message.tree in self._loans else 0
+        owed = self._accounts[message.tree].due if message.tree in self._accounts else 0
         left = lacking & (node.have | owed)
         while left and lent.bit_count() < count:
             highest = 1 << left.bit_length() - 1
@@ -107,12 +108,10 @@ class Loans:
         if not up.is_parent(peer):
             return
         lent = chunkset.decode(message.chunks, node.chunk_count)
-        self._ask_s[up.index] = now if lent else now + node.options.tick_s / 2
-        loan = self._loans.get(up.index)
-        if loan is None or loan.attempt != up.attempt:
-            loan = self._loans[up.index] = _Loan(up.attempt)
-        loan.chunks |= lent
-        loan.due, loan.since_s = lent, now
+        account = self._account(up)
+        account.chunks |= lent
+        account.due, account.until_s = lent, now + TERM_COUNT * node.options.stall_s
+        account.ask_s = now if lent else now + node.options.tick_s / 2
         for other in self._ups:
             spared = lent & node.mask(other.index) & ~node.have
             if spared and other is not up and other.state is UpstreamState.ATTACHED:
@@ -122,20 +121,26 @@ class Loans:
     def tick(self, now: float) -> None:
         """Give back what does not come; ask for more."""
         node = self._node
-        for index, loan in list(self._loans.items()):
-            up, lacking = self._ups[index], loan.due & ~node.have
-            is_late = now - max(loan.since_s, up.fed_s) > node.options.stall_s
-            is_over = up.state is not UpstreamState.ATTACHED or up.attempt != loan.attempt
-            if lacking and (is_late or is_over):
-                loan.due = 0
-                self._ask_s[index] = now + node.options.stall_s
-                self._give_back(lacking)
-            if is_over:
-                del self._loans[index]
+        for index in list(self._accounts):
+            account = self._account(self._ups[index])
+            is_over = self._ups[index].state is not UpstreamState.ATTACHED
+            if account.due & ~node.have and (is_over or now > account.until_s):
+                self._give_back(account)
+                account.ask_s = math.inf
         self.consider(now)
 
-    def _give_back(self, chunks: int) -> None:
+    def _account(self, up: Upstream) -> _Account:
+        """Return the account with the present parent."""
+        account = self._accounts.get(up.index)
+        if account is None or account.attempt != up.attempt:
+            if account is not None:
+                self._give_back(account)
+            account = self._accounts[up.index] = _Account(up.attempt)
+        return account
+
+    def _give_back(self, account: _Account) -> None:
         node = self._node
+        chunks, account.due = account.due & ~node.have, 0
         for up in self._ups:
             wanted = chunks & node.mask(up.index)
             if wanted and up.state is UpstreamState.ATTACHED:

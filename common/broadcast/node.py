@@ -207,6 +207,8 @@ class Node:
         """By tree: the ranks that this node feeds."""
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
+        self.renewed_s: dict[int, float] = {}
+        """By neighbour: when it last attached anew; it may be another process since."""
 
     def check(self, peer: int, message: Message) -> None:
         """Raise KaError PROTOCOL for what is not of this transfer, or names what is not there."""

@@ -222,12 +222,18 @@ class Upstream:
                 self.node.actions.append(Disconnect(peer, "did not answer an attach"))
                 self._avoided[peer] = now + options.avoid_s
                 self._seek(now)
+            elif now - self._asked_s > patience_s and self._was_renewed():
+                self._ask(self.parent, now)
         elif self.state is UpstreamState.ATTACHED and self.index != self.node.control_index:
             lacking = self.parent_have_count > self.node.have_count(self.index)
             if not lacking or not self.node.relays:  # a leaf that was demoted has to wait
                 self._progress_s = now
             elif now - self._progress_s > options.stall_s:
                 self._move("it makes no progress", now)
+
+    def _was_renewed(self) -> bool:
+        """Return whether the one asked may be another process, and have never heard of it."""
+        return self.node.renewed_s.get(self.parent, -1.0) > self._asked_s
 
     def _is_before(self, place: int) -> bool:
         """Return whether who has *place* is ahead of this node."""

@@ -245,6 +245,15 @@ def test_with_random_faults_all_healthy_nodes_finish(seed: int) -> None:
     run_seed(seed, receivers=30, chunks=32)
 
 
+@pytest.mark.parametrize(
+    ("seed", "receivers", "chunks"),
+    [(5267, 37, 87), (90353, 43, 93), (90162, 32, 82)],
+    ids=["a parent started again, and never heard the question", "the same", "a slow lender"],
+)
+def test_seeds_that_have_failed_once_do_not_again(seed: int, receivers: int, chunks: int) -> None:
+    run_seed(seed, receivers=receivers, chunks=chunks, kind=Kind.STRIPES)
+
+
 def test_with_the_random_faults_of_the_day_all_healthy_nodes_finish() -> None:
     run_seed(random.SystemRandom().randrange(10**9), receivers=60, chunks=24)
 

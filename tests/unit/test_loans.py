@@ -87,7 +87,7 @@ def test_a_chunk_that_comes_by_both_ways_is_acknowledged_to_both() -> None:
     assert acks(made.chunk_received(5, 14, True, 0.5)) == [(5, 14)]
 
 
-@pytest.mark.parametrize("how", ["the lender is silent", "another is the parent now"])
+@pytest.mark.parametrize("how", ["the lender is slow", "another is the parent now"])
 def test_a_loan_that_does_not_come_is_asked_for_where_it_belongs(how: str) -> None:
     made = borrower()
     made.chunk_received(5, 15, True, 0.1)
@@ -97,14 +97,15 @@ def test_a_loan_that_does_not_come_is_asked_for_where_it_belongs(how: str) -> No
         assert messages(made.tick(0.3), Want) == [(3, [12, 14])]
         return
     made.chunk_received(5, 12, True, 0.5)
-    for step in range(6, 14):
-        if step < 12:
-            made.chunk_received(3, 2 * step - 12, True, step / 10)  # the other parent goes on
+    for step in range(6, 21):
+        made.bytes_arrived(3, step / 10)  # the other parent goes on
         made.message_received(0, Alive(ID, CONTROL, 8, 2), step / 10)
         made.message_received(5, Alive(ID, 1, 8, 2), step / 10)
         assert messages(made.tick(step / 10), Want) == []
-    assert messages(made.tick(1.45), Want) == [(3, [14])]
-    assert messages(made.tick(1.55), Want) == []
+    actions = made.tick(2.05)
+    assert messages(actions, Want) == [(3, [14])]
+    assert messages(actions, Lack) == []  # it is not asked again
+    assert messages(made.tick(2.15), Want) == []
 
 
 def test_half_of_what_is_lacking_is_lent_the_latest_first_of_what_is_there() -> None:
