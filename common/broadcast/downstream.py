@@ -102,6 +102,7 @@ class Downstream:
         self.acked_s = 0.0
         """When a child last acknowledged a chunk."""
         self.acked_count = 0
+        """How many chunks children have acknowledged."""
         self.settled_s = 0.0
         """When the child in another's place should have found its rate."""
         self._unfit: set[int] = set()
@@ -345,8 +346,8 @@ class Downstream:
             ready = child.needs & (node.have | node.coming)
             if not ready:
                 return True
-            races = self.balance is not None and child.needs & node.mask(self.index)
-            if races and self.balance is not None and self.balance.holds(self, now):
+            races = child.needs & node.mask(self.index)  # not what is lent
+            if self.balance is not None and races and self.balance.holds(self, now):
                 child.pace.owed_s = max(child.pace.owed_s, now)
                 return True
             if not self._budget.take(node.chunk_size, now):
@@ -381,7 +382,9 @@ class Downstream:
     def wanted(self, peer: int, chunks: int, now: float) -> None:
         """The child has lost what it was sent."""
         child = self.children[peer]
-        child.needs |= chunks
+        # Of other trees: what was lent, and came damaged.
+        sent = chunkset.from_indexes(child.in_flight)
+        child.needs |= chunks & (self.node.mask(self.index) | sent)
         child.in_flight.difference_update(chunkset.indexes(chunks))
         self.feed(peer, now)
         if len(child.in_flight) < self.node.options.window_count:

@@ -3,9 +3,9 @@
 With stripes every link is as busy as it can be, so a tree that has come behind, because a relay was
 replaced or a connection was slow to find its rate, stays behind; at the end the others are done,
 and their links idle.  So a node that has all of a tree tells its parent there what it lacks of
-others (`Lack`).  The parent lends half of it at most, the latest first, and only what it has
-itself: nobody ever waits for who waits for him (`Lend`).  The node tells the parent that would have
-sent them (`Spare`).  The source has everything: it begins there, and goes down the idle tree.
+others (`Lack`).  The parent lends half of it at most, the latest first, and only what it has or is
+lent itself in that tree (`Lend`): who waits, waits for its ancestors there, up to the source, which
+has everything; never in a circle.  The node tells the parent that would have sent them (`Spare`).
 
 A loan that has not come in time, or whose lender is the parent no more, is given back: the chunks
 are asked for where they belong (`Want`).  A chunk may come twice; it counts once.
@@ -44,8 +44,11 @@ class _Account:
     due: int = 0
     """What is waited for, if it has not come."""
     until_s: float = 0.0
+    """And until when."""
+    asked: bool = False
+    """A `Lack` waits for its answer; a `Lend` that answers nothing is not listened to."""
     ask_s: float = 0.0
-    """When the parent may be asked again: not before it answers, and never once it was late."""
+    """When it may be asked again; never, once it was late."""
 
 
 class Loans:
@@ -80,8 +83,9 @@ class Loans:
             if up.state is not UpstreamState.ATTACHED or not node.is_in_rack(up.parent):
                 continue
             account = self._account(up)
-            if now >= account.ask_s and not (node.mask(up.index) | account.due) & ~node.have:
-                account.ask_s = math.inf
+            is_due = now >= account.ask_s and not account.asked
+            if is_due and not (node.mask(up.index) | account.due) & ~node.have:
+                account.asked = True
                 node.send(up.parent, Lack(node.transfer, up.index, chunkset.encode(lacking)))
 
     def lend(self, peer: int, message: Lack, now: float) -> None:
@@ -109,6 +113,9 @@ class Loans:
             return
         lent = chunkset.decode(message.chunks, node.chunk_count)
         account = self._account(up)
+        if not account.asked:
+            return
+        account.asked = False
         account.chunks |= lent
         account.due, account.until_s = lent, now + TERM_COUNT * node.options.stall_s
         account.ask_s = now if lent else now + node.options.tick_s / 2

@@ -386,7 +386,8 @@ class Simulation:
         for one, other in ((rank, peer), (peer, rank)):
             self._machines[one].outgoing.pop(other, None)
             self._machines[one].under_way.pop(other, None)
-            self._machines[one].broken_off.clear()
+            marks = self._machines[one].broken_off
+            marks.difference_update([mark for mark in marks if mark[0] == other])
         if last is not None:
             self._send(rank, peer, last)
         if self._machines[peer].alive and not link.cut:

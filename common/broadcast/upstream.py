@@ -58,7 +58,7 @@ class Upstream:
         self._asked_again: set[int] = set()
         self._progress_s = 0.0
         """When it last made progress, or this node lacked nothing that it has."""
-        self.fed_s = 0.0
+        self._fed_s = 0.0
         """When anything of a chunk last came."""
         self._move_count = 0
         self._lag = (0.0, 0, 0)
@@ -202,7 +202,7 @@ class Upstream:
 
     def progressed(self, now: float) -> None:
         """A chunk, or bytes of one, came from the parent."""
-        self._progress_s = self.fed_s = now
+        self._progress_s = self._fed_s = now
 
     def distrust(self, reason: str, now: float) -> None:
         """The parent sends damaged chunks again and again."""
@@ -247,7 +247,7 @@ class Upstream:
     def _is_well_fed(self, now: float) -> bool:
         if self.index == self.node.control_index:
             return False  # nearer to the source is never worse, and no data move
-        return now - self.fed_s < self.node.options.silence_s / 2
+        return now - self._fed_s < self.node.options.silence_s / 2
 
     def _answers(self, peer: int, attempt: int) -> bool:
         asking = self.state is UpstreamState.ASKING

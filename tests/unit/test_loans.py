@@ -123,6 +123,7 @@ def test_half_of_what_is_lacking_is_lent_the_latest_first_of_what_is_there() -> 
 def test_what_is_on_its_way_by_the_same_tree_is_lent_on_and_passed_on_while_it_comes() -> None:
     made = node(5, TREE_1, (2, 0))
     made.message_received(6, Attach(ID, 1, 1, chunkset.encode(TREE_1), 0, 6, 2), 0.0)
+    assert messages(made.tick(0.1), Lack) == [(0, [0, 2, 4, 6, 8, 10, 12, 14])]
     made.message_received(0, Lend(ID, 1, chunkset.encode(1 << 14)), 0.1)
     lack = Lack(ID, 1, chunkset.encode(TREE_0))
     assert messages(made.message_received(6, lack, 0.2), Lend) == [(6, [14])]
@@ -137,6 +138,23 @@ def test_what_a_child_need_not_be_sent_is_not_sent() -> None:
     assert SendChunk(6, 14) in made.chunk_received(1, 14, True, 0.2)
     made.message_received(6, Want(ID, 0, chunkset.encode(1 << 12)), 0.3)
     assert made.downs[0].has_sent(6, 12)
+
+
+def test_a_loan_that_nobody_asked_for_changes_nothing() -> None:
+    made = borrower()
+    lend = Lend(ID, 1, chunkset.encode(TREE_0))
+    assert messages(made.message_received(5, lend, 0.1), Spare) == []
+    made.chunk_received(5, 15, True, 0.2)
+    assert messages(made.message_received(5, lend, 0.3), Spare)
+    assert messages(made.message_received(5, lend, 0.4), Spare) == []  # nor is it prolonged
+
+
+def test_of_another_tree_a_child_may_want_only_what_it_was_lent() -> None:
+    made = node(5, 0xFFFF, (2, 0))
+    made.message_received(6, Attach(ID, 1, 1, chunkset.encode(TREE_1), 0, 6, 2), 0.0)
+    made.message_received(6, Lack(ID, 1, chunkset.encode(0b10101)), 0.1)
+    again = made.message_received(6, Want(ID, 1, chunkset.encode(TREE_0)), 0.2)
+    assert [one.chunk for one in again if isinstance(one, SendChunk)] == [4]
 
 
 def test_a_loan_is_bounded() -> None:
