@@ -5,6 +5,7 @@ Addresses: `host:port` or `[v6]:port` for TCP, a path for a unix socket.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -13,11 +14,21 @@ import trio
 
 from common.errors import Code, KaError
 
-__all__ = ["connect_tcp", "connect_unix", "flow_evenly", "listen", "parse_address", "prepare"]
+__all__ = [
+    "connect_tcp",
+    "connect_unix",
+    "flow_evenly",
+    "listen",
+    "parse_address",
+    "prepare",
+    "start_quickly",
+]
 
 BACKLOG = 1024
 SOCKET_BUFFER_SIZE = 4 * 1024 * 1024
 """Of unix sockets; TCP tunes itself."""
+START_WINDOW_SIZE = 1024 * 1024
+"""Full of it, a gigabit link is busy for 8 ms: a longer way than any within a cluster."""
 KEEPALIVE_IDLE_S = 30
 KEEPALIVE_INTERVAL_S = 10
 KEEPALIVE_COUNT = 3
@@ -142,17 +153,48 @@ def prepare(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, gone_ms)
 
 
-def flow_evenly(sock: socket.socket) -> None:
-    """Have TCP send without pauses; for a listening socket: on all that it accepts.
+def start_quickly(sock: socket.socket) -> None:
+    """Have TCP find its rate quickly; for a listening socket: on all that it accepts.
 
-    BBR all but stops for 0.2 s every 10 s, to measure the way when it is empty.  In a chain each
-    node's pauses delay all that are behind it.  Where CUBIC cannot be had, BBR remains.
+    CUBIC ends slow start when the round trip becomes longer (HyStart).  On a link that others fill
+    it does so at once, at a few percent of the rate, and needs seconds to get its share of the
+    link: this is what a node that has got another parent would wait for.  Reno goes on until
+    something is lost or the window is full.  `flow_evenly` is for when that is over.
+
+    The window is the receiver's guess, from how fast it has come so far, and on a full link that
+    guess was seen to stay at half of the rate for seconds.  So there is room from the beginning.
     """
-    if sock.family == socket.AF_UNIX:
+    usual = _congestion_control(sock)
+    if not usual:
         return
+    if usual.startswith((b"cubic", b"bbr")):
+        _set_congestion_control(sock, b"reno")
+    # SO_RCVBUF would be for good, and at most net.core.rmem_max.  A low water mark makes as much
+    # room as it needs, which stays, and the kernel goes on to make more.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, START_WINDOW_SIZE)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+
+
+def flow_evenly(sock: socket.socket) -> None:
+    """Have TCP send without pauses, by what this machine uses for long: after `start_quickly`.
+
+    Not by BBR: it all but stops for 0.2 s every 10 s, to measure the way when it is empty.  In a
+    chain each node's pauses delay all that are behind it.
+    """
+    if _congestion_control(sock).startswith(b"reno"):
+        with socket.socket(sock.family) as fresh:
+            usual = _congestion_control(fresh)
+        _set_congestion_control(sock, b"cubic" if usual.startswith(b"bbr") else usual)
+
+
+def _congestion_control(sock: socket.socket) -> bytes:
+    """Return the name of TCP's congestion control; of what is not TCP: nothing."""
     try:
-        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
-        if name.startswith(b"bbr"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
     except OSError:
-        pass  # not loaded, or not allowed to everybody
+        return b""
+
+
+def _set_congestion_control(sock: socket.socket, name: bytes) -> None:
+    with contextlib.suppress(OSError):  # not loaded, or not allowed to everybody
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)

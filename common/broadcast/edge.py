@@ -31,11 +31,14 @@ from common.errors import Code, KaError
 from common.framing import Frame, FrameReceiver, Kind, encode_frame
 from common.messages import Message, decode_error
 from common.outbox import Outbox, Part
+from common.sockets import flow_evenly
 
 __all__ = ["Edge", "Owner", "chunk_header"]
 
 SIZE_PER_TURN = 4 * 1024 * 1024
 """A busy edge lets other tasks run after this much."""
+START_SIZE = 8 * 1024 * 1024
+"""When so much has left, slow start is over: it doubles what is under way with each round trip."""
 _AT_ONCE = struct.pack("ii", 1, 0)
 UNSENT_SIZE_MAX = 1024 * 1024 * 1024
 """Far beyond all windows: a peer that makes us queue this much is out of its mind."""
@@ -99,6 +102,7 @@ class Edge:
         self._closed = trio.Event()
         self._is_full = False
         """The kernel takes no more for now."""
+        self._is_starting = True
         self._chunk = -1
         self._payload: memoryview | None = None
         self._told_size = -1
@@ -139,11 +143,14 @@ class Edge:
             self.fail(error.strerror or str(error))
             return
         if self._outbox.size != before:
-            self._release(self._outbox.end - self._outbox.size)
+            self._left(self._outbox.end - self._outbox.size)
         if not self._outbox:
             self._drained.set()
 
-    def _release(self, position: int) -> None:
+    def _left(self, position: int) -> None:
+        if self._is_starting and position >= START_SIZE:
+            self._is_starting = False
+            flow_evenly(self._sock)
         while self._releases and self._releases[0][0] <= position:
             self._releases.popleft()[1]()
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from common.broadcast.edge import Edge, chunk_header
+from common.broadcast.edge import START_SIZE, Edge, chunk_header
 from common.framing import PAYLOAD_SIZE_MAX, FrameReceiver
 from common.messages import Message
+from common.sockets import start_quickly
 
 SIZE = 256 * 1024
 PIECE_SIZE = 64 * 1024
@@ -107,3 +108,31 @@ async def test_little_of_a_chunk_is_told_by_the_clock_and_much_of_it_at_once(
         assert (await owner.has_told("0 bytes"))[-2:] == ["0 bytes", "heard"]
         theirs.close()
         assert await owner.has_told("broke") == ["chunk 4 lost", "broke"]
+
+
+async def test_when_slow_start_is_over_the_machine_s_own_congestion_control_goes_on(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    def used() -> bytes:
+        name: bytes = ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+        return name.rstrip(b"\0")
+
+    def take(size: int) -> None:
+        while size:
+            size -= len(theirs.recv(size))
+
+    ours, theirs = pair
+    if used() not in (b"cubic", b"bbr"):
+        pytest.skip("this machine uses something else")
+    start_quickly(ours)
+    receiver = FrameReceiver(body_size_max=4096, payload_size_max=PAYLOAD_SIZE_MAX)
+    edge = Edge(ours, receiver, Owner(), peer=1, life=b"")
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(edge.run)
+            for size, name in ((START_SIZE - 1, b"reno"), (1, b"cubic")):
+                edge.put([bytes(size)])
+                edge.flush()
+                await trio.to_thread.run_sync(take, size)
+                assert used() == name
+            edge.close()

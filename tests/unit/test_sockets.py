@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common.sockets import flow_evenly
+from common.sockets import flow_evenly, start_quickly
 
 AVAILABLE = Path("/proc/sys/net/ipv4/tcp_available_congestion_control")
 
@@ -17,22 +17,46 @@ def congestion_control(sock: socket.socket) -> bytes:
     return name.rstrip(b"\0")
 
 
-@pytest.mark.parametrize(("before", "after"), [(b"bbr", b"cubic"), (b"reno", b"reno")])
-def test_what_a_listener_accepts_does_not_pause_to_measure(before: bytes, after: bytes) -> None:
-    available = AVAILABLE.read_text().split()
-    missing = {before.decode(), after.decode()}.difference(available)
+def needs(*names: bytes) -> None:
+    missing = {name.decode() for name in names}.difference(AVAILABLE.read_text().split())
     if missing:
         pytest.skip(f"this kernel has no {missing}")
+
+
+def usual() -> bytes:
+    """Return what this machine uses where nothing else is asked for."""
+    with socket.socket() as fresh:
+        return congestion_control(fresh)
+
+
+@pytest.mark.parametrize("before", [b"cubic", b"bbr"])
+def test_what_a_listener_accepts_starts_by_reno_and_goes_on_without_pauses(before: bytes) -> None:
+    needs(before, b"reno", b"cubic")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, before)
-        flow_evenly(server)
+        start_quickly(server)
         with socket.create_connection(server.getsockname()), server.accept()[0] as accepted:
-            assert congestion_control(accepted) == after
+            assert congestion_control(accepted) == b"reno"
+            flow_evenly(accepted)
+            assert congestion_control(accepted) == (b"cubic" if usual() == b"bbr" else usual())
+
+
+def test_who_was_told_to_use_something_else_uses_it() -> None:
+    others = set(AVAILABLE.read_text().split()) - {"reno", "cubic", "bbr"}
+    if not others:
+        pytest.skip("this kernel has nothing else")
+    with socket.socket() as sock:
+        for name in others:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+            start_quickly(sock)
+            flow_evenly(sock)
+            assert congestion_control(sock) == name.encode()
 
 
 def test_a_socket_that_is_not_tcp_is_left_alone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        start_quickly(ours)
         flow_evenly(ours)
         ours.send(b"x")
         assert theirs.recv(1) == b"x"
