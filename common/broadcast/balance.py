@@ -7,7 +7,8 @@ been sent, for acks come in lumps.
 
 A tree that has lost its relay comes behind by no fault of the link, and cannot make up for it: its
 other relays have their hands full.  Meanwhile the others go on as fast as before, and no faster,
-for the link is needed by who takes the relay's place; and they keep the lead that they got.
+for the link is needed by who takes the relay's place.  They keep the lead that they got: so they
+are done early, and their relays can lend theirs to the tree that is behind (`loans`).
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ class Balance:
         self._trees = trees
         self._started_s = now
         self._kept: dict[tuple[int, int], int] = {}
-        """By who is ahead and who is not: the lead, in chunks, that is not held against it."""
+        """By two trees: the lead of one over the other, in chunks, that should remain."""
         self._freed: dict[tuple[int, int], tuple[float, int]] = {}
-        """By the same: since when it does not wait for the other, and its lead then."""
+        """By the same: since when one does not wait for the other, and its lead then."""
 
     def holds(self, tree: Balanced, now: float) -> bool:
         """Return whether a tree should wait for others."""
@@ -61,17 +62,16 @@ class Balance:
         return any(
             self._is_too_far((index, at), other.unsent_count() - unsent_count, now)
             for at, other in enumerate(self._trees)
-            if other is not tree
+            if other is not tree and other.unsent_count()
         )
 
     def _is_too_far(self, pair: tuple[int, int], lead: int, now: float) -> bool:
         tree, other = self._trees[pair[0]], self._trees[pair[1]]
         if now < other.settled_s:
-            self._kept[pair] = lead
+            self._kept[pair], self._kept[pair[::-1]] = lead, -lead
         elif now - other.acked_s < PATIENCE_S:
             self._freed.pop(pair, None)
-            kept = self._kept[pair] = max(0, min(lead, self._kept.get(pair, 0)))
-            return lead > kept + LEAD_COUNT_MAX
+            return lead > self._kept.get(pair, 0) + LEAD_COUNT_MAX
         since_s, had = self._freed.setdefault(pair, (now, lead))
         rate = tree.acked_count / max(now - self._started_s, PATIENCE_S)
         return lead > had + LEAD_COUNT_MAX + rate * (now - since_s)

@@ -48,19 +48,31 @@ def test_beside_one_that_stands_still_a_tree_goes_on_as_fast_as_before_and_no_fa
     assert not balance.holds(ahead, 5.6)
 
 
-def test_a_lead_won_while_a_relay_was_replaced_is_kept_and_not_won_again() -> None:
+def test_a_lead_won_while_a_relay_was_replaced_is_kept_and_neither_won_again_nor_lost() -> None:
     ahead, behind = Tree(100), Tree(120)
     behind.settled_s = 5.5
     balance = Balance([ahead, behind], 0.0)
     assert not balance.holds(ahead, 5.4)
-    behind.acked_s = 6.0
+    behind.acked_s = ahead.acked_s = 6.0
     assert not balance.holds(ahead, 6.0)
-    behind.unsent += LEAD_COUNT_MAX + 1
+    behind.unsent = 120 + LEAD_COUNT_MAX + 1
     assert balance.holds(ahead, 6.0)
-    behind.unsent = 105  # it has caught up with some
+    assert not balance.holds(behind, 6.0)
+    behind.unsent = 120 - LEAD_COUNT_MAX
+    assert not balance.holds(behind, 6.0)
+    behind.unsent -= 1  # it was given more of the link
+    assert balance.holds(behind, 6.0)
     assert not balance.holds(ahead, 6.0)
-    behind.unsent = 120
-    assert balance.holds(ahead, 6.0)
+
+
+def test_who_is_behind_does_not_wait_for_who_is_done() -> None:
+    ahead, behind = Tree(100), Tree(120)
+    behind.settled_s = 5.5
+    balance = Balance([ahead, behind], 0.0)
+    assert not balance.holds(ahead, 5.4)
+    behind.acked_s = ahead.acked_s = 6.0
+    ahead.unsent, behind.unsent = 0, 10
+    assert not balance.holds(behind, 6.0)
 
 
 def test_an_ack_in_one_tree_lets_the_others_go_on() -> None:
