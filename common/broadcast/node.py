@@ -110,7 +110,7 @@ class HopOptions:
 
     window_count: int = 8
     """Chunks sent to a child and not acknowledged; also what a node holds that is not written."""
-    tick_s: float = 0.1
+    tick_s: float = 0.05
     """How often a hop looks at its clocks."""
     alive_s: float = 0.25
     """Said at least this often to each neighbour."""
