@@ -208,7 +208,8 @@ class Node:
         self.heard_s: dict[int, float] = {}
         """By neighbour: when it last said anything, or bytes of it came."""
         self.renewed_s: dict[int, float] = {}
-        """By neighbour: when it last attached anew; it may be another process since."""
+        """By neighbour: when it last attached anew, for it may be another process since, or was
+        hung up on: what it was asked before may be lost."""
 
     def check(self, peer: int, message: Message) -> None:
         """Raise KaError PROTOCOL for what is not of this transfer, or names what is not there."""

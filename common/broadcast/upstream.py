@@ -220,6 +220,7 @@ class Upstream:
                 self._unanswered_count += 1
                 peer, self.parent = self.parent, -1
                 self.node.actions.append(Disconnect(peer, "did not answer an attach"))
+                self.node.renewed_s[peer] = now  # what other trees have asked it is gone as well
                 self._avoided[peer] = now + options.avoid_s
                 self._seek(now)
             elif now - self._asked_s > patience_s and self._was_renewed():
@@ -232,7 +233,7 @@ class Upstream:
                 self._move("it makes no progress", now)
 
     def _was_renewed(self) -> bool:
-        """Return whether the one asked may be another process, and have never heard of it."""
+        """Return whether the one asked may never have heard of it."""
         return self.node.renewed_s.get(self.parent, -1.0) > self._asked_s
 
     def _is_before(self, place: int) -> bool:

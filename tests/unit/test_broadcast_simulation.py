@@ -247,8 +247,13 @@ def test_with_random_faults_all_healthy_nodes_finish(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("seed", "receivers", "chunks"),
-    [(5267, 37, 87), (90353, 43, 93), (90162, 32, 82)],
-    ids=["a parent started again, and never heard the question", "the same", "a slow lender"],
+    [(5267, 37, 87), (90353, 43, 93), (90162, 32, 82), (500247, 47, 67)],
+    ids=[
+        "a parent started again, and never heard the question",
+        "the same",
+        "a slow lender",
+        "the question went with a connection that another tree gave up",
+    ],
 )
 def test_seeds_that_have_failed_once_do_not_again(seed: int, receivers: int, chunks: int) -> None:
     run_seed(seed, receivers=receivers, chunks=chunks, kind=Kind.STRIPES)
