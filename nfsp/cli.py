@@ -239,7 +239,7 @@ def mount(
 @click.option("--lazy", is_flag=True, help="Detach now, even if it is in use.")
 def umount(mountpoint: str, lazy: bool) -> None:
     """Unmount; return when everything written is with the servers."""
-    mounting.unmount(mounting.resolve(mountpoint), lazy=lazy)
+    mounting.unmount(mounting.resolve(mountpoint), lazy=lazy, say=partial(click.echo, err=True))
 
 
 # ---------------------------------------------------------------- care

@@ -29,7 +29,10 @@ from nfsp.process import PidFile, spawn
 
 __all__ = ["MountFiles", "MountOptions", "mount_in_background", "parse_options", "serve_mount"]
 
-UNMOUNT_TIMEOUT_S = 30.0
+UNMOUNT_TIMEOUT_S = 300.0
+"""Well beyond what a mount waits for servers by default: then it ends, and its log says what is
+lost.  It writes for longer only where much is left and disks are slow, or with `timeout=inf`."""
+UNMOUNT_NOTICE_S = 3.0
 _KERNEL_OPTIONS = frozenset(
     ("ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "dirsync")
 )
@@ -143,16 +146,23 @@ async def serve_mount(
         )
 
 
-def unmount(mountpoint: Path, *, config_path: Path | None = None, lazy: bool = False) -> None:
+def unmount(
+    mountpoint: Path,
+    *,
+    config_path: Path | None = None,
+    lazy: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
     """Unmount, and wait until the mount's process has written everything and ended.
 
-    Raises KaError EBUSY while something uses the mount, USAGE if nothing of ours is mounted.
+    *say* hears of it when that takes long.  Raises KaError EBUSY while something uses the mount,
+    USAGE if nothing of ours is mounted, TIMEOUT if the process does not end.
     """
     entry = _mount_entry(mountpoint)
     if entry is None:
         if _server_of(mountpoint, config_path) is None:
             raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
-        _wait_for_end(mountpoint, config_path)  # somebody else has unmounted it
+        _wait_for_end(mountpoint, config_path, say)  # somebody else has unmounted it
         return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
@@ -165,7 +175,7 @@ def unmount(mountpoint: Path, *, config_path: Path | None = None, lazy: bool = F
             f"cannot unmount {mountpoint}: {reason[-1] if reason else result.returncode}"
             + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
         )
-    _wait_for_end(mountpoint, config_path)
+    _wait_for_end(mountpoint, config_path, say)
 
 
 def detach(mountpoint: Path) -> None:
@@ -190,14 +200,21 @@ def _umount(mountpoint: Path, *, lazy: bool) -> subprocess.CompletedProcess[str]
     )
 
 
-def _wait_for_end(mountpoint: Path, config_path: Path | None) -> None:
+def _wait_for_end(
+    mountpoint: Path, config_path: Path | None, say: Callable[[str], None]
+) -> None:
     pid = _server_of(mountpoint, config_path)
-    deadline = time.monotonic() + UNMOUNT_TIMEOUT_S
+    began_s = time.monotonic()
+    told = False
     while pid is not None and _is_ours(pid):
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began_s
+        if waited_s > UNMOUNT_TIMEOUT_S:
             raise KaError(
                 Code.TIMEOUT, f"unmounted, but process {pid} still writes data; see its log"
             )
+        if waited_s > UNMOUNT_NOTICE_S and not told:
+            told = True
+            say(f"unmounted; waiting for process {pid}, which still writes data (Ctrl-C: leave it)")
         time.sleep(0.02)
 
 

@@ -130,7 +130,7 @@ class OneHost:
 
         for mountpoint, pid_file in self.mounts():
             try:
-                unmount(mountpoint)
+                unmount(mountpoint, say=say)
                 say(f"unmounted {mountpoint}")
             except KaError as error:
                 if not force:

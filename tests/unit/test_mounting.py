@@ -1,0 +1,46 @@
+"""Unmounting: what is said while the mount's process still writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from common.errors import Code, KaError
+from nfsp import mounting
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that looks like one that serves a mount, and ends when its input does."""
+    words = [sys.executable, "-c", "import sys; sys.stdin.read()", "mount", str(tmp_path)]
+    with subprocess.Popen([*words, "--foreground"], stdin=subprocess.PIPE) as process:
+        yield process
+        process.kill()
+
+
+def test_who_unmounts_hears_what_it_waits_for(
+    tmp_path: Path, writer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        said.append(text)
+        writer.communicate()
+
+    monkeypatch.setattr(mounting, "UNMOUNT_NOTICE_S", 0.1)
+    mounting.unmount(tmp_path, say=say)
+    (text,) = said
+    assert f"waiting for process {writer.pid}" in text
+
+
+def test_one_that_never_ends_is_not_waited_for_for_ever(
+    tmp_path: Path, writer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "UNMOUNT_TIMEOUT_S", 0.2)
+    with pytest.raises(KaError, match=f"process {writer.pid} still writes data") as caught:
+        mounting.unmount(tmp_path)
+    assert caught.value.code is Code.TIMEOUT
