@@ -164,10 +164,10 @@ def start_quickly(sock: socket.socket) -> None:
     The window is the receiver's guess, from how fast it has come so far, and on a full link that
     guess was seen to stay at half of the rate for seconds.  So there is room from the beginning.
     """
-    usual = _congestion_control(sock)
-    if not usual:
+    used = _congestion_control(sock)
+    if not used:
         return
-    if usual.startswith((b"cubic", b"bbr")):
+    if used.startswith((b"cubic", b"bbr")):
         _set_congestion_control(sock, b"reno")
     # SO_RCVBUF would be for good, and at most net.core.rmem_max.  A low water mark makes as much
     # room as it needs, which stays, and the kernel goes on to make more.
