@@ -41,18 +41,6 @@ def test_what_a_listener_accepts_starts_by_reno_and_goes_on_without_pauses(befor
             assert congestion_control(accepted) == (b"cubic" if usual() == b"bbr" else usual())
 
 
-def test_who_was_told_to_use_something_else_uses_it() -> None:
-    others = set(AVAILABLE.read_text().split()) - {"reno", "cubic", "bbr"}
-    if not others:
-        pytest.skip("this kernel has nothing else")
-    with socket.socket() as sock:
-        for name in others:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
-            start_quickly(sock)
-            flow_evenly(sock)
-            assert congestion_control(sock) == name.encode()
-
-
 def test_a_socket_that_is_not_tcp_is_left_alone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
