@@ -151,18 +151,19 @@ def unmount(
     *,
     config_path: Path | None = None,
     lazy: bool = False,
+    timeout_s: float = UNMOUNT_TIMEOUT_S,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Unmount, and wait until the mount's process has written everything and ended.
 
     *say* hears of it when that takes long.  Raises KaError EBUSY while something uses the mount,
-    USAGE if nothing of ours is mounted, TIMEOUT if the process does not end.
+    USAGE if nothing of ours is mounted, TIMEOUT if the process has not ended after *timeout_s*.
     """
     entry = _mount_entry(mountpoint)
     if entry is None:
         if _server_of(mountpoint, config_path) is None:
             raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
-        _wait_for_end(mountpoint, config_path, say)  # somebody else has unmounted it
+        _wait_for_end(mountpoint, config_path, timeout_s, say)  # somebody else has unmounted it
         return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
@@ -175,7 +176,7 @@ def unmount(
             f"cannot unmount {mountpoint}: {reason[-1] if reason else result.returncode}"
             + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
         )
-    _wait_for_end(mountpoint, config_path, say)
+    _wait_for_end(mountpoint, config_path, timeout_s, say)
 
 
 def detach(mountpoint: Path) -> None:
@@ -201,14 +202,14 @@ def _umount(mountpoint: Path, *, lazy: bool) -> subprocess.CompletedProcess[str]
 
 
 def _wait_for_end(
-    mountpoint: Path, config_path: Path | None, say: Callable[[str], None]
+    mountpoint: Path, config_path: Path | None, timeout_s: float, say: Callable[[str], None]
 ) -> None:
     pid = _server_of(mountpoint, config_path)
     began_s = time.monotonic()
     told = False
     while pid is not None and _is_ours(pid):
         waited_s = time.monotonic() - began_s
-        if waited_s > UNMOUNT_TIMEOUT_S:
+        if waited_s > timeout_s:
             raise KaError(
                 Code.TIMEOUT, f"unmounted, but process {pid} still writes data; see its log"
             )

@@ -28,6 +28,8 @@ __all__ = ["OneHost"]
 SOCKET_PATH_SIZE_MAX = 100
 """The kernel's limit for a unix socket's path is 108 bytes; longer ones are left out."""
 IODS_MAX = 250
+FORCE_TIMEOUT_S = 30.0
+"""Who stops everything by force has a daemon that hangs, perhaps, and does not wait for minutes."""
 
 
 class OneHost:
@@ -126,11 +128,12 @@ class OneHost:
         Raises KaError EBUSY, with the daemons left running, while a mount is in use; *force* takes
         the mount away from its users.
         """
-        from nfsp.mounting import detach, unmount
+        from nfsp.mounting import UNMOUNT_TIMEOUT_S, detach, unmount
 
         for mountpoint, pid_file in self.mounts():
             try:
-                unmount(mountpoint, say=say)
+                patience_s = FORCE_TIMEOUT_S if force else UNMOUNT_TIMEOUT_S
+                unmount(mountpoint, timeout_s=patience_s, say=say)
                 say(f"unmounted {mountpoint}")
             except KaError as error:
                 if not force:

@@ -122,15 +122,16 @@ async def test_when_slow_start_is_over_the_machine_s_own_congestion_control_goes
             size -= len(theirs.recv(size))
 
     ours, theirs = pair
-    if used() not in (b"cubic", b"bbr"):
-        pytest.skip("this machine uses something else")
+    usual = used()
+    begins = b"reno" if usual in (b"cubic", b"bbr") else usual
+    goes_on = b"cubic" if usual == b"bbr" else usual
     start_quickly(ours)
     receiver = FrameReceiver(body_size_max=4096, payload_size_max=PAYLOAD_SIZE_MAX)
     edge = Edge(ours, receiver, Owner(), peer=1, life=b"")
     with trio.fail_after(60):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(edge.run)
-            for size, name in ((START_SIZE - 1, b"reno"), (1, b"cubic")):
+            for size, name in ((START_SIZE - 1, begins), (1, goes_on)):
                 edge.put([bytes(size)])
                 edge.flush()
                 await trio.to_thread.run_sync(take, size)

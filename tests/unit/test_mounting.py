@@ -38,9 +38,8 @@ def test_who_unmounts_hears_what_it_waits_for(
 
 
 def test_one_that_never_ends_is_not_waited_for_for_ever(
-    tmp_path: Path, writer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, writer: subprocess.Popen[bytes]
 ) -> None:
-    monkeypatch.setattr(mounting, "UNMOUNT_TIMEOUT_S", 0.2)
     with pytest.raises(KaError, match=f"process {writer.pid} still writes data") as caught:
-        mounting.unmount(tmp_path)
+        mounting.unmount(tmp_path, timeout_s=0.2)
     assert caught.value.code is Code.TIMEOUT
