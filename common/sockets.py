@@ -154,7 +154,7 @@ def prepare(sock: socket.socket) -> None:
 
 
 def start_quickly(sock: socket.socket) -> None:
-    """Have TCP find its rate quickly; for a listening socket: on all that it accepts.
+    """Have TCP find its rate quickly on a connection that is new.
 
     CUBIC ends slow start when the round trip becomes longer (HyStart).  On a link that others fill
     it does so at once, at a few percent of the rate, and needs seconds to get its share of the

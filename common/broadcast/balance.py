@@ -7,8 +7,9 @@ been sent, for acks come in lumps.
 
 A tree that has lost its relay comes behind by no fault of the link, and cannot make up for it: its
 other relays have their hands full.  Meanwhile the others go on as fast as before, and no faster,
-for the link is needed by who takes the relay's place.  They keep the lead that they got: so they
-are done early, and their relays can lend theirs to the tree that is behind (`loans`).
+for the link is needed by who takes the relay's place.  They keep the lead that they win, for what
+the new relay got beyond would only wait there, and be missing in the others: so they are done
+early, and their relays can lend theirs to the tree that is behind (`loans`).
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ class Balance:
     def _is_too_far(self, pair: tuple[int, int], lead: int, now: float) -> bool:
         tree, other = self._trees[pair[0]], self._trees[pair[1]]
         if now < other.settled_s:
-            self._kept[pair], self._kept[pair[::-1]] = lead, -lead
+            kept = max(self._kept.get(pair, 0), lead)
+            self._kept[pair], self._kept[pair[::-1]] = kept, -kept
         elif now - other.acked_s < PATIENCE_S:
             self._freed.pop(pair, None)
             return lead > self._kept.get(pair, 0) + LEAD_COUNT_MAX

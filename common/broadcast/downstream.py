@@ -136,7 +136,8 @@ class Downstream:
             child.child_count = message.child_count
             if message.attempt > 1:  # it comes from another parent: the others are ahead
                 child.pace.owed_s = now + RAMP_S
-                self.settled_s = now + RAMP_S
+                if not child.demoted:
+                    self.settled_s = now + RAMP_S
             self._any_demoted |= child.demoted
             self.children[peer] = child
             if not child.demoted:
@@ -306,9 +307,10 @@ class Downstream:
     def _replace(self, peer: int, place: int, lives: bool, reason: str, now: float) -> None:
         """Adopt the children of *peer*; if they are too many let another take its place."""
         node = self.node
-        self.settled_s = now + node.options.attach_s + RAMP_S
         known = self.children.keys() | {node.rank}  # itself: it may stand in for another
         orphans = [one for one in self._planned(place) if one not in known]
+        if orphans:
+            self.settled_s = now + node.options.attach_s + RAMP_S
         if self._vacancies.standbys.get(place, peer) in self.children.keys() - {peer}:
             return  # it was slow before it was lost, and has been replaced
         relays = any(map(self._planned, orphans))

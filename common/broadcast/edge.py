@@ -31,7 +31,7 @@ from common.errors import Code, KaError
 from common.framing import Frame, FrameReceiver, Kind, encode_frame
 from common.messages import Message, decode_error
 from common.outbox import Outbox, Part
-from common.sockets import flow_evenly
+from common.sockets import flow_evenly, start_quickly
 
 __all__ = ["Edge", "Owner", "chunk_header"]
 
@@ -103,6 +103,7 @@ class Edge:
         self._is_full = False
         """The kernel takes no more for now."""
         self._is_starting = True
+        start_quickly(sock)
         self._chunk = -1
         self._payload: memoryview | None = None
         self._told_size = -1

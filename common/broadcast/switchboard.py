@@ -24,7 +24,7 @@ from common.framing import FrameReceiver
 from common.greeting import accept_peers, introduce
 from common.outbox import Part
 from common.session import Hello, Identity
-from common.sockets import connect_tcp, start_quickly
+from common.sockets import connect_tcp
 
 __all__ = ["Release", "Switchboard"]
 
@@ -73,8 +73,6 @@ class Switchboard:
         try:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                for sock in sockets:
-                    start_quickly(sock)
                 task_status.started()
                 await accept_peers(
                     sockets,
@@ -153,7 +151,6 @@ class Switchboard:
         try:
             with trio.fail_after(DIAL_TIMEOUT_S):
                 sock = await connect_tcp(address)
-                start_quickly(sock)
                 receiver = await introduce(sock, self._identity, self._job.token, self._dial_count)
         except trio.TooSlowError:
             reason = f"rank {peer} at {address} did not answer in time"

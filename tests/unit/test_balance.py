@@ -65,6 +65,19 @@ def test_a_lead_won_while_a_relay_was_replaced_is_kept_and_neither_won_again_nor
     assert not balance.holds(ahead, 6.0)
 
 
+def test_a_new_relay_is_not_given_what_the_others_need_to_keep_their_lead() -> None:
+    ahead, behind = Tree(100), Tree(120)
+    behind.settled_s = 5.5
+    balance = Balance([ahead, behind], 0.0)
+    assert not balance.holds(ahead, 5.1)
+    behind.unsent = 120 - LEAD_COUNT_MAX
+    assert not balance.holds(ahead, 5.1)
+    assert not balance.holds(behind, 5.1)
+    behind.unsent -= 1
+    assert not balance.holds(ahead, 5.1)
+    assert balance.holds(behind, 5.1)
+
+
 def test_who_is_behind_does_not_wait_for_who_is_done() -> None:
     ahead, behind = Tree(100), Tree(120)
     behind.settled_s = 5.5

@@ -11,7 +11,6 @@ import trio
 from common.broadcast.edge import START_SIZE, Edge, chunk_header
 from common.framing import PAYLOAD_SIZE_MAX, FrameReceiver
 from common.messages import Message
-from common.sockets import start_quickly
 
 SIZE = 256 * 1024
 PIECE_SIZE = 64 * 1024
@@ -125,7 +124,6 @@ async def test_when_slow_start_is_over_the_machine_s_own_congestion_control_goes
     usual = used()
     begins = b"reno" if usual in (b"cubic", b"bbr") else usual
     goes_on = b"cubic" if usual == b"bbr" else usual
-    start_quickly(ours)
     receiver = FrameReceiver(body_size_max=4096, payload_size_max=PAYLOAD_SIZE_MAX)
     edge = Edge(ours, receiver, Owner(), peer=1, life=b"")
     with trio.fail_after(60):

@@ -12,6 +12,7 @@ from common.broadcast import chunkset
 from common.broadcast.hop import Hop
 from common.broadcast.manifest import Algorithm, Manifest
 from common.broadcast.node import (
+    END,
     Action,
     BreakOff,
     Disconnect,
@@ -24,7 +25,7 @@ from common.broadcast.node import (
     WriteChunk,
 )
 from common.broadcast.outcome import Verdict
-from common.broadcast.topology import Kind, Shape, build
+from common.broadcast.topology import SOURCE, Kind, Shape, build
 from common.broadcast.wire import (
     HOP,
     Accept,
@@ -318,6 +319,17 @@ def test_orphans_beyond_what_a_node_can_feed_are_referred_to_its_children() -> N
     assert refusal.instead in (3, 4, 5)
     persistent = made.message_received(6, Attach(ID, 0, 2, NOTHING, 3, 6, 0), 0.1)
     assert said_to(6, persistent, Accept)
+
+
+@pytest.mark.parametrize(("place", "is_relay"), [(1, True), (END, False)])
+def test_other_trees_win_a_lead_while_a_relay_is_new_and_not_while_a_leaf_is(
+    place: int, is_relay: bool
+) -> None:
+    made = Hop(SOURCE, build(Shape(Kind.STRIPES, (8,), 2)), manifest(8), OPTIONS)
+    made.start(0.0)
+    made.message_received(4, Attach(ID, 0, 2, NOTHING, 0, place, 0), 5.0)
+    assert 4 in made.downs[0].children
+    assert (made.downs[0].settled_s > 5.0) is is_relay
 
 
 def test_an_accept_that_comes_too_late_is_declined() -> None:

@@ -30,12 +30,12 @@ def usual() -> bytes:
 
 
 @pytest.mark.parametrize("before", [b"cubic", b"bbr"])
-def test_what_a_listener_accepts_starts_by_reno_and_goes_on_without_pauses(before: bytes) -> None:
+def test_a_connection_starts_by_reno_and_goes_on_without_pauses(before: bytes) -> None:
     needs(before, b"reno", b"cubic")
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, before)
-        start_quickly(server)
         with socket.create_connection(server.getsockname()), server.accept()[0] as accepted:
+            start_quickly(accepted)
             assert congestion_control(accepted) == b"reno"
             flow_evenly(accepted)
             assert congestion_control(accepted) == (b"cubic" if usual() == b"bbr" else usual())
