@@ -33,6 +33,8 @@ UNMOUNT_TIMEOUT_S = 300.0
 """Well beyond what a mount waits for servers by default: then it ends, and its log says what is
 lost.  It writes for longer only where much is left and disks are slow, or with `timeout=inf`."""
 UNMOUNT_NOTICE_S = 3.0
+DETACH_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 0.5
 _KERNEL_OPTIONS = frozenset(
     ("ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "dirsync")
 )
@@ -157,31 +159,32 @@ def unmount(
     """Unmount, and wait until the mount's process has written everything and ended.
 
     *say* hears of it when that takes long.  Raises KaError EBUSY while something uses the mount,
-    USAGE if nothing of ours is mounted, TIMEOUT if the process has not ended after *timeout_s*.
+    USAGE if nothing of ours is mounted, TIMEOUT if that is not so after *timeout_s*.
     """
+    patience = _Patience(timeout_s, say)
     entry = _mount_entry(mountpoint)
     if entry is None:
         if _server_of(mountpoint, config_path) is None:
             raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
-        _wait_for_end(mountpoint, config_path, timeout_s, say)  # somebody else has unmounted it
+        _wait_for_end(mountpoint, config_path, patience)  # somebody else has unmounted it
         return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
-    result = _umount(mountpoint, lazy=lazy)
-    if result.returncode:
-        reason = (result.stderr or result.stdout).strip().splitlines()
-        busy = any("busy" in line for line in reason)
+    code, said = _umount(mountpoint, patience, lazy=lazy)
+    if code:
+        busy = "busy" in said
         raise KaError(
             Code.EBUSY if busy else Code.INTERNAL,
-            f"cannot unmount {mountpoint}: {reason[-1] if reason else result.returncode}"
+            f"cannot unmount {mountpoint}: {said.splitlines()[-1] if said else code}"
             + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
         )
-    _wait_for_end(mountpoint, config_path, timeout_s, say)
+    _wait_for_end(mountpoint, config_path, patience)
 
 
 def detach(mountpoint: Path) -> None:
     """Take a mount away from those who use it, without waiting for its process."""
-    _umount(mountpoint, lazy=True)
+    with contextlib.suppress(KaError):  # it waits for servers that hang: it does not come back
+        _umount(mountpoint, _Patience(DETACH_TIMEOUT_S, lambda text: None), lazy=True)
 
 
 def is_dead(mountpoint: Path) -> bool:
@@ -193,30 +196,50 @@ def is_dead(mountpoint: Path) -> bool:
     return False
 
 
-def _umount(mountpoint: Path, *, lazy: bool) -> subprocess.CompletedProcess[str]:
+class _Patience:
+    """How long an unmount may take in all, and a word when that is long."""
+
+    def __init__(self, timeout_s: float, say: Callable[[str], None]) -> None:
+        self._timeout_s = timeout_s
+        self._say = say
+        self._began_s = time.monotonic()
+        self._told = False
+
+    def wait(self, is_over: Callable[[], bool], why: str) -> None:
+        """Wait until something is over; raises KaError TIMEOUT."""
+        while not is_over():
+            waited_s = time.monotonic() - self._began_s
+            if waited_s > self._timeout_s:
+                raise KaError(Code.TIMEOUT, f"{why}; see its log")
+            if waited_s > UNMOUNT_NOTICE_S and not self._told:
+                self._told = True
+                self._say(f"{why}: waiting (Ctrl-C: leave it)")
+            time.sleep(0.02)
+
+
+def _umount(mountpoint: Path, patience: _Patience, *, lazy: bool) -> tuple[int, str]:
+    """Return umount's exit code and what it has said."""
     command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     command += (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
-    return subprocess.run(
-        [*command, "--", str(mountpoint)], capture_output=True, text=True, check=False
-    )
+    words = [*command, "--", str(mountpoint)]
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output)
+        try:
+            why = f"not unmounted yet: {mountpoint} still has data to write"
+            patience.wait(lambda: process.poll() is not None, why)
+        except BaseException:
+            process.kill()  # the kernel may not let go of it before the mount has answered
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_TIMEOUT_S)
+            raise
+        output.seek(0)
+        return process.returncode, output.read().strip()
 
 
-def _wait_for_end(
-    mountpoint: Path, config_path: Path | None, timeout_s: float, say: Callable[[str], None]
-) -> None:
+def _wait_for_end(mountpoint: Path, config_path: Path | None, patience: _Patience) -> None:
     pid = _server_of(mountpoint, config_path)
-    began_s = time.monotonic()
-    told = False
-    while pid is not None and _is_ours(pid):
-        waited_s = time.monotonic() - began_s
-        if waited_s > timeout_s:
-            raise KaError(
-                Code.TIMEOUT, f"unmounted, but process {pid} still writes data; see its log"
-            )
-        if waited_s > UNMOUNT_NOTICE_S and not told:
-            told = True
-            say(f"unmounted; waiting for process {pid}, which still writes data (Ctrl-C: leave it)")
-        time.sleep(0.02)
+    if pid is not None:
+        patience.wait(lambda: not _is_ours(pid), f"unmounted, but process {pid} still writes data")
 
 
 def _server_of(mountpoint: Path, config_path: Path | None) -> int | None:

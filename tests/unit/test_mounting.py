@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def test_who_unmounts_hears_what_it_waits_for(
     monkeypatch.setattr(mounting, "UNMOUNT_NOTICE_S", 0.1)
     mounting.unmount(tmp_path, say=say)
     (text,) = said
-    assert f"waiting for process {writer.pid}" in text
+    assert f"process {writer.pid} still writes data: waiting" in text
 
 
 def test_one_that_never_ends_is_not_waited_for_for_ever(
@@ -43,3 +44,24 @@ def test_one_that_never_ends_is_not_waited_for_for_ever(
     with pytest.raises(KaError, match=f"process {writer.pid} still writes data") as caught:
         mounting.unmount(tmp_path, timeout_s=0.2)
     assert caught.value.code is Code.TIMEOUT
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_kernel_that_does_not_let_go_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazy: bool
+) -> None:
+    program = tmp_path / ("umount" if os.geteuid() == 0 else "fusermount3")
+    program.write_text("#!/bin/sh\necho $$ >\"$(dirname \"$0\")\"/pid\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(mounting, "_mount_entry", lambda mountpoint: "fuse.nfsp")
+    monkeypatch.setattr(mounting, "DETACH_TIMEOUT_S", 1.0)
+    if lazy:
+        mounting.detach(tmp_path)  # it has a deadline of its own, and tells nobody
+    else:
+        with pytest.raises(KaError, match="still has data to write") as caught:
+            mounting.unmount(tmp_path, timeout_s=1.0)
+        assert caught.value.code is Code.TIMEOUT
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
