@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STRANGERS_MAX = 256
 """Let in at a time; more wait in the kernel's queue, where they cost nothing."""
 STRANGER_S = 5.0
+CROWD_S = 0.1
 QUEUE_LENGTH = 4096
 """All nodes may come at once: when a relay is lost, or after this host stood still.  A queue that
 is too short is worse than none: who is turned away believes itself connected for seconds."""
@@ -189,7 +190,7 @@ class Hub:
         self._listener = listener = _listener(self._local)
         listener.listen(QUEUE_LENGTH)
         listener.setblocking(False)
-        self._loop.watch(listener.fileno(), READ, self._knock)
+        self._open()
         self._port = listener.getsockname()[1]
         self.moved()
 
@@ -197,21 +198,27 @@ class Hub:
         """This node has (new) ancestors: children called from now on are told of them."""
         self.ancestors = [("", self._port), *self._setup.ancestors]
 
+    def _open(self) -> None:
+        if self._listener is not None and len(self._strangers) < STRANGERS_MAX:
+            self._loop.watch(self._listener.fileno(), READ, self._knock)
+
     def _knock(self, _events: int) -> None:
         assert self._listener is not None
         while len(self._strangers) < STRANGERS_MAX:
             try:
                 fd, _address = self._listener._accept()  # type: ignore[attr-defined]
-            except OSError:
+            except (BlockingIOError, ConnectionAbortedError):
                 return
+            except OSError:  # no descriptors are left; those who wait would wake us at once
+                self._loop.at(CROWD_S, self._open)
+                break
             self._challenge(fd)
         self._loop.unwatch(self._listener.fileno())
 
     def _leave(self, channel: Channel) -> None:
         """This one is no stranger any more: there is a place for another."""
         del self._strangers[channel]
-        if self._listener is not None:
-            self._loop.watch(self._listener.fileno(), READ, self._knock)
+        self._open()
 
     @property
     def is_sought(self) -> bool:

@@ -6,6 +6,8 @@ And connectors that need no network of their own: network namespaces, and rsh as
 from __future__ import annotations
 
 import os
+import resource
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import trio
 
 import karun
 from karun.agent import frames, proof
-from karun.agent.hub import STRANGERS_MAX
+from karun.agent.hub import STRANGERS_MAX, Hub
 from tests.support.karun import Collect
 
 
@@ -94,6 +96,32 @@ async def test_many_strangers_do_not_keep_a_run_from_its_work() -> None:
         for one in knocking:
             await one.aclose()
     assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+
+
+async def test_without_descriptors_a_door_stays_shut_for_a_moment_and_does_not_spin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    knocks: list[int] = []
+    knock = Hub._knock
+
+    def counted(hub: Hub, events: int) -> None:
+        knocks.append(events)
+        knock(hub, events)
+
+    monkeypatch.setattr(Hub, "_knock", counted)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with karun.Run(["a", "b"], "local") as run:
+        await run.launched()
+        with socket.create_connection(("127.0.0.1", door(run))) as stranger:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                await trio.sleep(0.5)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert 1 < len(knocks) < 10
+            stranger.settimeout(30)
+            challenge = await trio.to_thread.run_sync(stranger.recv, 4096)
+            assert next(iter(frames.Decoder().feed(challenge)))[0] == frames.CHALLENGE
 
 
 async def test_what_an_agent_says_wrong_ends_its_connection_and_others_it_cannot_be() -> None:
