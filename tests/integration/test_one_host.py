@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from nfsp import onehost
 from tests.conftest import TOKEN
 from tests.support import leaks
 from tests.support.running import nfsp, wait_until
@@ -95,6 +96,19 @@ def test_the_end_takes_the_mount_away_from_its_users(base: Path) -> None:
     finally:
         user.kill()
         user.wait()
+
+
+def test_servers_that_hang_do_not_hold_up_the_end_for_ever(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert nfsp("up", base / "c", "--iods", 1, "--mount", base / "m", "--daemon").returncode == 0
+    for name in ("iod1", "mds0"):
+        os.kill(int((base / "c" / "run" / f"{name}.pid").read_text()), signal.SIGSTOP)
+    monkeypatch.setattr(onehost, "FORCE_TIMEOUT_S", 1.0)
+    said: list[str] = []
+    onehost.OneHost(base / "c").stop(said.append, force=True)
+    assert any(line.startswith(f"unmounted {base / 'm'} by force") for line in said)
+    nothing_is_left(base)
 
 
 def test_down_removes_a_mount_whose_process_is_dead(base: Path) -> None:
