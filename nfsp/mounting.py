@@ -15,6 +15,7 @@ import os
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,6 @@ UNMOUNT_TIMEOUT_S = 300.0
 lost.  It writes for longer only where much is left and disks are slow, or with `timeout=inf`."""
 UNMOUNT_NOTICE_S = 3.0
 DETACH_TIMEOUT_S = 5.0
-KILL_TIMEOUT_S = 0.5
 _KERNEL_OPTIONS = frozenset(
     ("ro", "rw", "dev", "nodev", "suid", "nosuid", "exec", "noexec", "sync", "dirsync")
 )
@@ -228,9 +228,9 @@ def _umount(mountpoint: Path, patience: _Patience, *, lazy: bool) -> tuple[int, 
             why = f"not unmounted yet: {mountpoint} still has data to write"
             patience.wait(lambda: process.poll() is not None, why)
         except BaseException:
-            process.kill()  # the kernel may not let go of it before the mount has answered
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(KILL_TIMEOUT_S)
+            process.kill()
+            # The kernel may not let go of it before the mount has answered.
+            threading.Thread(target=process.wait, daemon=True).start()
             raise
         output.seek(0)
         return process.returncode, output.read().strip()

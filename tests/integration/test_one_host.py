@@ -108,6 +108,7 @@ def test_servers_that_hang_do_not_hold_up_the_end_for_ever(
     said: list[str] = []
     onehost.OneHost(base / "c").stop(said.append, force=True)
     assert any(line.startswith(f"unmounted {base / 'm'} by force") for line in said)
+    wait_until(lambda: not processes(base), "umount(8) has ended as well")
     nothing_is_left(base)
 
 
