@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import select
 import shutil
 import signal
 import statistics
@@ -27,7 +28,7 @@ from pathlib import Path
 
 from bench import facts, packages
 from bench.sshd import Sshd, addresses
-from common.errors import KaError
+from common.errors import Code, KaError
 
 __all__ = ["main"]
 
@@ -99,8 +100,9 @@ def run(command: Sequence[str], sshd: Sshd) -> subprocess.CompletedProcess[bytes
 def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]]:
     """Return wall times of commands in a session, the client's own start included.
 
-    And what they are made of: the same on one node, and starting that many commands from one
-    process, without anything of karun or ssh: on one machine nothing can be quicker than that.
+    And what they are made of: the same on one node, the commands alone, and the commands in shells
+    that stand at the end of ssh connections, without anything of karun (`Shells`).  On one machine
+    nothing that goes by ssh and starts a process for each node can be quicker than that.
     """
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         environment = os.environ | {"XDG_RUNTIME_DIR": place}
@@ -114,6 +116,9 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
         run = [*karun, "run", "--session", "default", "-n", "-b", "-S"]
         times: dict[str, list[float]] = {}
         try:
+            with Shells(nodes, sshd.config, window) as shells:
+                for _ in range(runs):
+                    times.setdefault("shells behind ssh, without karun", []).append(shells.run())
             for _ in range(runs):
                 for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
                     start_s = time.monotonic()
@@ -135,6 +140,66 @@ def bare_commands(count: int) -> float:
     for _ in range(count):
         os.wait()
     return time.monotonic() - start_s
+
+
+class Shells:
+    """A shell on each node, at the end of an ssh connection that stands.
+
+    The least that a command over ssh costs: one line to each, a process there, one line back.
+    """
+
+    def __init__(self, nodes: Sequence[str], config: Path, window: int) -> None:
+        self._shells: list[subprocess.Popen[bytes]] = []
+        try:
+            for begin in range(0, len(nodes), window):
+                fresh = [
+                    subprocess.Popen(
+                        ["ssh", "-F", str(config), node, "exec sh"],
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                    )
+                    for node in nodes[begin : begin + window]
+                ]  # fmt: skip
+                self._shells += fresh
+                self._ask(fresh, b"echo 0\n")
+        except BaseException:
+            self._end()
+            raise
+
+    def __enter__(self) -> Shells:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def run(self) -> float:
+        """Return the time in which all run `true` and say how it ended."""
+        start_s = time.monotonic()
+        self._ask(self._shells, f"{shutil.which('true') or '/bin/true'}; echo $?\n".encode())
+        return time.monotonic() - start_s
+
+    def _ask(self, shells: Sequence[subprocess.Popen[bytes]], line: bytes) -> None:
+        poll = select.epoll()
+        waiting = {}
+        for shell in shells:
+            assert shell.stdin is not None
+            assert shell.stdout is not None
+            waiting[shell.stdout.fileno()] = shell.stdout
+            poll.register(shell.stdout.fileno(), select.EPOLLIN)
+            shell.stdin.write(line)
+        with poll:
+            while waiting:
+                said = poll.poll(LIMIT_S)
+                for fd, _events in said:
+                    poll.unregister(fd)
+                    if waiting.pop(fd).read(16) != b"0\n":
+                        said = []
+                if not said:
+                    raise KaError(Code.INTERNAL, "a shell at the end of ssh does not answer")
+
+    def _end(self) -> None:
+        for shell in self._shells:
+            shell.kill()
+            shell.communicate()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
