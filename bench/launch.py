@@ -101,8 +101,7 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
     """Return wall times of commands in a session, the client's own start included.
 
     And what they are made of: the same on one node, the commands alone, and the commands in shells
-    that stand at the end of ssh connections, without anything of karun (`Shells`).  On one machine
-    nothing that goes by ssh and starts a process for each node can be quicker than that.
+    that stand at the end of ssh connections, without anything of karun (`Shells`).
     """
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         environment = os.environ | {"XDG_RUNTIME_DIR": place}
@@ -145,7 +144,7 @@ def bare_commands(count: int) -> float:
 class Shells:
     """A shell on each node, at the end of an ssh connection that stands.
 
-    The least that a command over ssh costs: one line to each, a process there, one line back.
+    What ssh and a command cost by themselves: one line to each, a process there, one line back.
     """
 
     def __init__(self, nodes: Sequence[str], config: Path, window: int) -> None:

@@ -33,6 +33,8 @@ __all__ = ["MountFiles", "MountOptions", "mount_in_background", "parse_options",
 UNMOUNT_TIMEOUT_S = 300.0
 """Well beyond what a mount waits for servers by default: then it ends, and its log says what is
 lost.  It writes for longer only where much is left and disks are slow, or with `timeout=inf`."""
+LAZY_TIMEOUT_S = 30.0
+"""What was detached may be in use for long: that is not waited for."""
 UNMOUNT_NOTICE_S = 3.0
 DETACH_TIMEOUT_S = 5.0
 _KERNEL_OPTIONS = frozenset(
@@ -153,20 +155,23 @@ def unmount(
     *,
     config_path: Path | None = None,
     lazy: bool = False,
-    timeout_s: float = UNMOUNT_TIMEOUT_S,
+    timeout_s: float | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Unmount, and wait until the mount's process has written everything and ended.
 
     *say* hears of it when that takes long.  Raises KaError EBUSY while something uses the mount,
-    USAGE if nothing of ours is mounted, TIMEOUT if that is not so after *timeout_s*.
+    USAGE if nothing of ours is mounted, TIMEOUT if that is not so after *timeout_s* (without it:
+    UNMOUNT_TIMEOUT_S, LAZY_TIMEOUT_S when *lazy*).
     """
+    if timeout_s is None:
+        timeout_s = LAZY_TIMEOUT_S if lazy else UNMOUNT_TIMEOUT_S
     patience = _Patience(timeout_s, say)
     entry = _mount_entry(mountpoint)
     if entry is None:
         if _server_of(mountpoint, config_path) is None:
             raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
-        _wait_for_end(mountpoint, config_path, patience)  # somebody else has unmounted it
+        _wait_for_end(mountpoint, config_path, patience, lazy=lazy)  # somebody else has unmounted it
         return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
@@ -178,7 +183,7 @@ def unmount(
             f"cannot unmount {mountpoint}: {said.splitlines()[-1] if said else code}"
             + ("; close what uses it (fuser -vm shows who), or use --lazy" if busy else ""),
         )
-    _wait_for_end(mountpoint, config_path, patience)
+    _wait_for_end(mountpoint, config_path, patience, lazy=lazy)
 
 
 def detach(mountpoint: Path) -> None:
@@ -221,25 +226,29 @@ def _umount(mountpoint: Path, patience: _Patience, *, lazy: bool) -> tuple[int, 
     """Return umount's exit code and what it has said."""
     command = ["umount"] if os.geteuid() == 0 else ["fusermount3", "-u"]
     command += (["-l"] if os.geteuid() == 0 else ["-z"]) if lazy else []
-    words = [*command, "--", str(mountpoint)]
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(words, stdout=output, stderr=output)
-        try:
-            why = f"not unmounted yet: {mountpoint} still has data to write"
-            patience.wait(lambda: process.poll() is not None, why)
-        except BaseException:
-            process.kill()
-            # The kernel may not let go of it before the mount has answered.
-            threading.Thread(target=process.wait, daemon=True).start()
-            raise
-        output.seek(0)
-        return process.returncode, output.read().strip()
+    process = subprocess.Popen(
+        [*command, "--", str(mountpoint)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        why = f"not unmounted yet: {mountpoint} still has data to write"
+        patience.wait(lambda: process.poll() is not None, why)
+    except BaseException:
+        process.kill()
+        # The kernel may not let go of it before the mount has answered.
+        threading.Thread(target=process.communicate, daemon=True).start()
+        raise
+    said, _ = process.communicate()
+    return process.returncode, said.strip()
 
 
-def _wait_for_end(mountpoint: Path, config_path: Path | None, patience: _Patience) -> None:
+def _wait_for_end(
+    mountpoint: Path, config_path: Path | None, patience: _Patience, *, lazy: bool
+) -> None:
     pid = _server_of(mountpoint, config_path)
     if pid is not None:
-        patience.wait(lambda: not _is_ours(pid), f"unmounted, but process {pid} still writes data")
+        doing = "is still in use, or writes data" if lazy else "still writes data"
+        patience.wait(lambda: not _is_ours(pid), f"unmounted, but process {pid} {doing}")
 
 
 def _server_of(mountpoint: Path, config_path: Path | None) -> int | None:

@@ -128,12 +128,11 @@ class OneHost:
         Raises KaError EBUSY, with the daemons left running, while a mount is in use; *force* takes
         the mount away from its users.
         """
-        from nfsp.mounting import UNMOUNT_TIMEOUT_S, detach, unmount
+        from nfsp.mounting import detach, unmount
 
         for mountpoint, pid_file in self.mounts():
             try:
-                patience_s = FORCE_TIMEOUT_S if force else UNMOUNT_TIMEOUT_S
-                unmount(mountpoint, timeout_s=patience_s, say=say)
+                unmount(mountpoint, timeout_s=FORCE_TIMEOUT_S if force else None, say=say)
                 say(f"unmounted {mountpoint}")
             except KaError as error:
                 if not force:

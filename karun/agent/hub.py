@@ -29,6 +29,7 @@ STRANGERS_MAX = 256
 """Let in at a time; more wait in the kernel's queue, where they cost nothing."""
 STRANGER_S = 5.0
 CROWD_S = 0.1
+"""For so long nobody is let in when no descriptors are left."""
 QUEUE_LENGTH = 4096
 """All nodes may come at once: when a relay is lost, or after this host stood still.  A queue that
 is too short is worse than none: who is turned away believes itself connected for seconds."""

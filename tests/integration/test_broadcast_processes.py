@@ -127,9 +127,10 @@ def test_who_is_behind_a_slow_link_is_fed_by_others_and_nobody_sends_more_than_p
         assert report["verified"] == others
     trees = build(shape(kind, count)).trees
     planned = sum(len(tree.children[0]) for tree in trees) / len(trees)
-    # More than planned is what was under way to the slow one, and loans: with two busy processors
-    # up to a quarter.  Had the source taken the orphans it would be nearly twice as much.
-    assert report["sent_size"] < 1.5 * planned * CHUNKS * CHUNK_SIZE
+    # More than planned is what was under way to the slow one and, with stripes, loans: on a busy
+    # machine up to a quarter.  Had the source taken the orphans it would be nearly twice as much.
+    limit = 1.5 if kind is Kind.STRIPES else 1.3
+    assert report["sent_size"] < limit * planned * CHUNKS * CHUNK_SIZE
     check(source, 1, count=count)
 
 

@@ -20,6 +20,8 @@ def writer(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that looks like one that serves a mount, and ends when its input does."""
     words = [sys.executable, "-c", "import sys; sys.stdin.read()", "mount", str(tmp_path)]
     with subprocess.Popen([*words, "--foreground"], stdin=subprocess.PIPE) as process:
+        # The kernel says that the program has begun before it shows its words.
+        wait_until(lambda: mounting._is_ours(process.pid), "the process has its command line")
         yield process
         process.kill()
 
@@ -45,6 +47,14 @@ def test_one_that_never_ends_is_not_waited_for_for_ever(
     with pytest.raises(KaError, match=f"process {writer.pid} still writes data") as caught:
         mounting.unmount(tmp_path, timeout_s=0.2)
     assert caught.value.code is Code.TIMEOUT
+
+
+def test_who_uses_what_was_detached_is_waited_for_less_long(
+    tmp_path: Path, writer: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounting, "LAZY_TIMEOUT_S", 0.2)
+    with pytest.raises(KaError, match=f"process {writer.pid} is still in use"):
+        mounting.unmount(tmp_path, lazy=True)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
