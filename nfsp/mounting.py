@@ -171,7 +171,8 @@ def unmount(
     if entry is None:
         if _server_of(mountpoint, config_path) is None:
             raise KaError(Code.USAGE, f"nothing is mounted at {mountpoint}")
-        _wait_for_end(mountpoint, config_path, patience, lazy=lazy)  # somebody else has unmounted it
+        # Somebody else has unmounted it.
+        _wait_for_end(mountpoint, config_path, patience, lazy=lazy)
         return
     if not entry.startswith("fuse.nfsp"):
         raise KaError(Code.USAGE, f"{mountpoint} is a mount of {entry}, not of nfsp")
