@@ -22,6 +22,15 @@ class Tree:
         self.pumped_s = now
 
 
+def while_a_relay_is_replaced(now: float) -> tuple[Tree, Tree, Balance]:
+    """Return a tree, one 20 chunks behind it that gets a new relay until 5.5, and their balance."""
+    ahead, behind = Tree(100), Tree(120)
+    behind.settled_s = 5.5
+    balance = Balance([ahead, behind], 0.0)
+    assert not balance.holds(ahead, now)
+    return ahead, behind, balance
+
+
 @pytest.mark.parametrize(
     ("lead", "silent_s", "waits"),
     [
@@ -49,10 +58,7 @@ def test_beside_one_that_stands_still_a_tree_goes_on_as_fast_as_before_and_no_fa
 
 
 def test_a_lead_won_while_a_relay_was_replaced_is_kept_and_neither_won_again_nor_lost() -> None:
-    ahead, behind = Tree(100), Tree(120)
-    behind.settled_s = 5.5
-    balance = Balance([ahead, behind], 0.0)
-    assert not balance.holds(ahead, 5.4)
+    ahead, behind, balance = while_a_relay_is_replaced(5.4)
     behind.acked_s = ahead.acked_s = 6.0
     assert not balance.holds(ahead, 6.0)
     behind.unsent = 120 + LEAD_COUNT_MAX + 1
@@ -66,10 +72,7 @@ def test_a_lead_won_while_a_relay_was_replaced_is_kept_and_neither_won_again_nor
 
 
 def test_a_new_relay_is_not_given_what_the_others_need_to_keep_their_lead() -> None:
-    ahead, behind = Tree(100), Tree(120)
-    behind.settled_s = 5.5
-    balance = Balance([ahead, behind], 0.0)
-    assert not balance.holds(ahead, 5.1)
+    ahead, behind, balance = while_a_relay_is_replaced(5.1)
     behind.unsent = 120 - LEAD_COUNT_MAX
     assert not balance.holds(ahead, 5.1)
     assert not balance.holds(behind, 5.1)
@@ -79,10 +82,7 @@ def test_a_new_relay_is_not_given_what_the_others_need_to_keep_their_lead() -> N
 
 
 def test_who_is_behind_does_not_wait_for_who_is_done() -> None:
-    ahead, behind = Tree(100), Tree(120)
-    behind.settled_s = 5.5
-    balance = Balance([ahead, behind], 0.0)
-    assert not balance.holds(ahead, 5.4)
+    ahead, behind, balance = while_a_relay_is_replaced(5.4)
     behind.acked_s = ahead.acked_s = 6.0
     ahead.unsent, behind.unsent = 0, 10
     assert not balance.holds(behind, 6.0)

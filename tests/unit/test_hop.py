@@ -330,6 +330,8 @@ def test_other_trees_win_a_lead_while_a_relay_is_new_and_not_while_a_leaf_is(
     made.message_received(4, Attach(ID, 0, 2, NOTHING, 0, place, 0), 5.0)
     assert 4 in made.downs[0].children
     assert (made.downs[0].settled_s > 5.0) is is_relay
+    made.neighbour_lost(4, "gone", 7.0)
+    assert (made.downs[0].settled_s > 7.0) is is_relay
 
 
 def test_an_accept_that_comes_too_late_is_declined() -> None:
