@@ -7,7 +7,8 @@ to say.
 from __future__ import annotations
 
 import abc
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,14 +198,15 @@ class Recorder:
 
 
 async def _feed(orders: Orders, command: Command, stdin: bytes | AsyncIterable[bytes]) -> None:
-    async for data in _pieces(stdin):
-        for at in range(0, len(data), CHUNK_SIZE):
-            await _room(command)
-            orders.feed(command, data[at : at + CHUNK_SIZE])
+    async with aclosing(_pieces(stdin)) as pieces:
+        async for data in pieces:
+            for at in range(0, len(data), CHUNK_SIZE):
+                await _room(command)
+                orders.feed(command, data[at : at + CHUNK_SIZE])
     orders.end_input(command)
 
 
-async def _pieces(stdin: bytes | AsyncIterable[bytes]) -> AsyncIterator[bytes]:
+async def _pieces(stdin: bytes | AsyncIterable[bytes]) -> AsyncGenerator[bytes]:
     if isinstance(stdin, bytes):
         yield stdin
         return
