@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -75,6 +76,11 @@ def in_session(words: Sequence[str]) -> tuple[str | None, Options]:
 
     Raises KaError USAGE, also for an option that says how nodes are reached.
     """
+    return _parsed(tuple(words))
+
+
+@functools.lru_cache(256)  # what is run once is often run again, and this is half a millisecond
+def _parsed(words: tuple[str, ...]) -> tuple[str | None, Options]:
     try:
         context = run.make_context("karun run", list(words))
     except click.ClickException as error:

@@ -141,7 +141,7 @@ class Engine:
         place = invocation.place
         chosen = list(range(self.roster.size) if ranks is None else ranks)
         kind = frames.COMMAND if place is None else frames.RANK
-        members = b"" if ranks is None else _bits(chosen)
+        members = b"" if len(set(chosen)) == self.roster.size else _bits(chosen)
         number, order = self.roster.order(kind, *(place or ()), *invocation.fields(), members)
         feed = Feed(chosen) if invocation.fed else None
         command = Command(number, chosen, sink, feed, invocation.limit_s)

@@ -14,6 +14,7 @@ Invariants
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -69,6 +70,7 @@ async def _session(name: str, where: Where) -> None:
     listener = socket.socket(socket.AF_UNIX)
     async with where.run(names) as run:
         await run.launched()
+        gc.freeze()  # what is here stays: no collection need look at it again
         _remove(path)
         mask = os.umask(0o177)
         listener.bind(path)

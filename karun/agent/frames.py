@@ -3,8 +3,9 @@
     length u32 | kind u8 | rank u32 | payload
 
 `rank` is whom a frame that goes down is for (or ALL), and whom one that goes up is from; relays
-forward by it and read nothing else.  A payload is a row of fields, each a length and bytes;
-numbers are decimal.  Nothing in a frame is ever code.  Tables: docs/karun.md#the-wire.
+forward by it and read nothing else.  A payload is a row of fields, each a length and bytes, so two
+payloads in a row are one; numbers are decimal.  Nothing in a frame is ever code.  Tables:
+docs/karun.md#the-wire.
 
 Invariants
   * a frame longer than FRAME_SIZE_MAX is an error before its payload is held;
@@ -13,7 +14,8 @@ Invariants
 
 from __future__ import annotations
 
-from struct import Struct
+from _struct import Struct
+from _struct import error as StructError  # type: ignore[attr-defined]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,30 +81,29 @@ def encode(kind: int, rank: int, payload: bytes = b"") -> bytes:
 
 def pack(*fields: bytes | str | int) -> bytes:
     """Return fields as a payload; text is UTF-8 (with bytes that were none kept), int decimal."""
-    parts = []
+    parts: list[bytes] = []
     for field in fields:
-        if isinstance(field, str):
-            field = field.encode("utf-8", "surrogateescape")
-        elif isinstance(field, int):
+        if isinstance(field, int):
             field = b"%d" % field
-        parts.append(_U32.pack(len(field)))
-        parts.append(field)
+        elif isinstance(field, str):
+            field = field.encode("utf-8", "surrogateescape")
+        parts += _U32.pack(len(field)), field
     return b"".join(parts)
 
 
 def unpack(payload: bytes) -> list[bytes]:
     """Return the fields of a payload; raises FrameError."""
     fields = []
-    at, end = 0, len(payload)
-    while at < end:
-        if end - at < 4:
-            raise FrameError("a field is cut off")
-        (size,) = _U32.unpack_from(payload, at)
-        at += 4
-        if size > end - at:
-            raise FrameError("a field is longer than its frame")
-        fields.append(payload[at : at + size])
-        at += size
+    at, size = 0, len(payload)
+    try:
+        while at < size:
+            (length,) = _U32.unpack_from(payload, at)
+            at += 4 + length
+            fields.append(payload[at - length : at])
+    except StructError:
+        raise FrameError("a field is cut off") from None
+    if at > size:
+        raise FrameError("a field is longer than its frame")
     return fields
 
 
@@ -112,7 +113,7 @@ def text(field: bytes) -> str:
 
 def number(field: bytes) -> int:
     """Return a decimal field; raises FrameError."""
-    if not 0 < len(field) <= 20 or not field.removeprefix(b"-").isdigit():
+    if len(field) > 20 or not (field.isdigit() or field.removeprefix(b"-").isdigit()):
         raise FrameError(f"not a number: {field[:20]!r}")
     return int(field)
 

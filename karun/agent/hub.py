@@ -56,6 +56,7 @@ class Hub:
         *failed(rank, "stage:reason", connector's words, wait status)* a node that is given up.
         *local*: all nodes are on this machine, so nobody else need find the way back."""
         self._loop = loop
+        loop.grow()
         self._setup = setup
         self._local = local
         self._up, self._lost = up, lost

@@ -28,71 +28,90 @@ _POLL_S = 0.05
 class Timer:
     """A callback to come; `cancel` is for good."""
 
-    __slots__ = ("callback", "when")
+    __slots__ = ("callback",)
 
-    def __init__(self, when: float, callback: Callable[[], None] | None) -> None:
-        self.when = when
+    def __init__(self, callback: Callable[[], None] | None) -> None:
         self.callback = callback
 
-    def __lt__(self, other: Timer) -> bool:
-        return self.when < other.when
+    def __lt__(self, _other: Timer) -> bool:
+        return False  # of two for the same time any is first
 
     def cancel(self) -> None:
         self.callback = None
 
 
 class Loop:
-    """Calls back when descriptors are ready, times have come, children have ended."""
+    """Calls back when descriptors are ready, times have come, children have ended.
 
-    __slots__ = ("_children", "_epoll", "_handlers", "_timers", "gap_s", "now")
+    With few descriptors it hands all of them to the kernel at each step, which saves two system
+    calls for each that comes and goes; `grow` is for those that will have many.
+    """
+
+    __slots__ = ("_children", "_epoll", "_poll", "_timers", "_watched", "now")
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
-        self._handlers: dict[int, Callable[[int], None]] = {}
-        self._timers: list[Timer] = []
+        self._poll: select.poll | select.epoll = select.poll()
+        self._epoll: select.epoll | None = None
+        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}
+        """Of each descriptor, events and handler."""
+        self._timers: list[tuple[float, Timer]] = []
         self._children: set[int] = set()
         self.now = monotonic()
-        self.gap_s = 0.0
-        """How much later than asked for the last step ran: a sleeper does not judge others."""
+
+    def grow(self) -> None:
+        """Be ready for many descriptors, and for `fileno`."""
+        if self._epoll is None:
+            self._poll = self._epoll = select.epoll()
+            for fd, (events, _handler) in self._watched.items():
+                self._epoll.register(fd, events)
 
     def fileno(self) -> int:
+        """Return what is readable when there is something to do; after `grow`."""
+        assert self._epoll is not None
         return self._epoll.fileno()
 
     def watch(self, fd: int, events: int, handler: Callable[[int], None]) -> None:
         """Call *handler(events)* when *fd* is ready; replaces an earlier watch of it."""
-        if fd in self._handlers:
-            self._epoll.modify(fd, events)
+        if fd in self._watched:
+            self._poll.modify(fd, events)
         else:
-            self._epoll.register(fd, events)
-        self._handlers[fd] = handler
+            self._poll.register(fd, events)
+        self._watched[fd] = (events, handler)
 
     def unwatch(self, fd: int) -> None:
-        if self._handlers.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+        if self._watched.pop(fd, None) is not None:
+            self._poll.unregister(fd)
 
     def at(self, delay_s: float, callback: Callable[[], None]) -> Timer:
-        timer = Timer(monotonic() + delay_s, callback)
-        heappush(self._timers, timer)
+        timer = Timer(callback)
+        heappush(self._timers, (monotonic() + delay_s, timer))
         return timer
 
     def timeout(self) -> float | None:
         """Return how long a step may wait; None: until a descriptor is ready."""
-        while self._timers and self._timers[0].callback is None:
-            heappop(self._timers)
-        return max(0.0, self._timers[0].when - monotonic()) if self._timers else None
+        timers = self._timers
+        while timers:
+            when, timer = timers[0]
+            if timer.callback is not None:
+                wait_s = when - monotonic()
+                return wait_s if wait_s > 0 else 0.0
+            heappop(timers)
+        return None
 
     def step(self, wait_s: float | None) -> None:
         """Wait at most *wait_s*, then call what is due."""
-        due = None if wait_s is None else monotonic() + wait_s
-        ready = self._epoll.poll(wait_s, BATCH_COUNT)
-        self.now = monotonic()
-        self.gap_s = max(0.0, self.now - due) if due is not None and not ready else 0.0
+        if self._epoll is None:
+            ready = self._poll.poll(None if wait_s is None else wait_s * 1000)
+        else:
+            ready = self._epoll.poll(wait_s, BATCH_COUNT)
+        self.now = now = monotonic()
+        watched = self._watched
         for fd, events in ready:
-            handler = self._handlers.get(fd)
-            if handler is not None:  # else an earlier one of this batch closed it
-                handler(events)
-        while self._timers and self._timers[0].when <= self.now:
-            callback = heappop(self._timers).callback
+            if fd in watched:  # else an earlier one of this batch closed it
+                watched[fd][1](events)
+        timers = self._timers
+        while timers and timers[0][0] <= now:
+            callback = heappop(timers)[1].callback
             if callback is not None:
                 callback()
 
@@ -133,7 +152,8 @@ class Loop:
         self._children.clear()
 
     def close(self) -> None:
-        self._epoll.close()
+        if self._epoll is not None:
+            self._epoll.close()
 
 
 def _status(pid: int, flags: int) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
+from _functools import partial  # type: ignore[import-not-found]
 
 from . import frames
 from .channel import SILENCE_PINGS, Channel
@@ -284,32 +285,28 @@ class Agent:
         flags, limit_ms, cwd, words, settings, members = fields
         if members and not _is_member(members, self._setup.rank):
             return
-        env = self._env.copy()
-        for setting in frames.unpack(settings):
-            name, _, value = frames.text(setting).partition("=")
-            env[name] = value
+        by_sudo = b"r" in flags and os.geteuid() != 0
+        env = self._env
+        if settings or place is not None or by_sudo:  # each of which adds to it
+            env = env.copy()
+            for setting in frames.unpack(settings):
+                name, _, value = frames.text(setting).partition("=")
+                env[name] = value
         argv = [frames.text(word) for word in frames.unpack(words)]
         if b"s" in flags:
             argv = [os.environ.get("SHELL") or "/bin/sh", "-c", argv[0]]
 
-        def output(stream: int, data: bytes) -> None:
-            self._tell(frames.OUTPUT, command, stream, data)
-
-        def exited(code: int, signal: int) -> None:
-            del self._processes[command]
-            if place is not None:
-                self._world().ended(*place, code, signal)
-            self._tell(frames.EXITED, command, code, signal)
-
-        process = Process(self.loop, self._keeper, output, exited)
-        process.consumed = lambda size: self._tell(frames.CONSUMED, command, size)
-        self._processes[command] = process
+        self._processes[command] = process = Process(
+            self.loop, self._keeper,
+            output=partial(self._tell, frames.OUTPUT, command),
+            consumed=partial(self._tell, frames.CONSUMED, command),
+            exited=partial(self._exited, command, place),
+        )  # fmt: skip
         third = -1
         if place is not None:
             more, third = self._world().place(*place)
             env.update(more)
         task, before = b"t" in flags, b""
-        by_sudo = b"r" in flags and os.geteuid() != 0
         if by_sudo:
             from . import rooted
 
@@ -325,6 +322,14 @@ class Agent:
         )  # fmt: skip
         if third >= 0:
             os.close(third)
+
+    def _exited(
+        self, command: int, place: tuple[int, int] | None, code: int, signal: int
+    ) -> None:
+        del self._processes[command]
+        if place is not None:
+            self._world().ended(*place, code, signal)
+        self._tell(frames.EXITED, command, code, signal)
 
     def _call(self, payload: bytes) -> None:
         dialling, nodes, *times_us = frames.unpack(payload)

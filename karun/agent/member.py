@@ -37,7 +37,7 @@ class Member:
         self.joined = False
         """Whether the head has answered the latest attach."""
         self._told = 0
-        self._kept: list[tuple[int, int, tuple[bytes | str | int, ...]]] = []
+        self._kept: list[tuple[int, bytes]] = []
         self._kept_size = 0
 
     @property
@@ -56,7 +56,7 @@ class Member:
             return []
         self.joined = True
         self.ack(frames.number(received))
-        return [self._event(number, kind, parts) for number, kind, parts in self._kept]
+        return [self._event(number, told) for number, told in self._kept]
 
     def refused(self, payload: bytes) -> bool:
         """Return whether it is this incarnation that the head does not want."""
@@ -76,22 +76,19 @@ class Member:
     def event(self, kind: int, *parts: bytes | str | int) -> bytes | None:
         """Keep an event; return what is to be sent now, if anything may be."""
         self._told += 1
-        self._kept.append((self._told, kind, parts))
-        self._kept_size += _cost(parts)
-        return self._event(self._told, kind, parts) if self.joined else None
+        told = frames.pack(kind, *parts)
+        self._kept.append((self._told, told))
+        self._kept_size += EVENT_COST + len(told)
+        return self._event(self._told, told) if self.joined else None
 
     def ack(self, received: int) -> None:
         """Forget the events up to this one."""
         kept = self._kept
         count = 0
         while count < len(kept) and kept[count][0] <= received:
-            self._kept_size -= _cost(kept[count][2])
+            self._kept_size -= EVENT_COST + len(kept[count][1])
             count += 1
         del kept[:count]
 
-    def _event(self, number: int, kind: int, parts: tuple[bytes | str | int, ...]) -> bytes:
-        return frames.pack(number, self.applied, kind, *parts)
-
-
-def _cost(parts: tuple[bytes | str | int, ...]) -> int:
-    return EVENT_COST + sum(len(part) for part in parts if isinstance(part, bytes))
+    def _event(self, number: int, told: bytes) -> bytes:
+        return frames.pack(number, self.applied) + told

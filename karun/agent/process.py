@@ -11,6 +11,8 @@ Invariants
 from __future__ import annotations
 
 import os
+from _functools import partial  # type: ignore[import-not-found]  # functools loads much
+from _signal import valid_signals  # type: ignore[import-not-found]
 
 from .keeper import GUARD_S, Keeper
 from .loop import READ, WRITE, Loop, Timer
@@ -28,34 +30,38 @@ SIGKILL, SIGTERM = 9, 15
 OUT_OF_TIME = -1
 CODE_NOT_STARTED = 126
 CODE_NOT_FOUND = 127
-_DEFAULT_SIGNALS = (1, 2, 3, 13, 15, 25)
-"""Python ignores SIGPIPE and SIGXFSZ; what it starts must not inherit that."""
+_PATH = os.environ.get("PATH", os.defpath)
+_DEFAULT_SIGNALS = tuple(valid_signals())
+"""All: Python ignores SIGPIPE and SIGXFSZ, who started the agent perhaps others.  Of a signal that
+is not named the C library asks the kernel first: fifty system calls more for each command."""
 
 
 class Process:
     """One running command."""
 
     __slots__ = (
-        "_awaited", "_by_sudo", "_exited", "_guarding", "_input", "_input_ended", "_input_fd",
-        "_keeper", "_loop", "_output", "_outputs", "_paused", "_status", "_timed_out", "_timer",
-        "_uncounted", "consumed", "pid",
+        "_awaited", "_by_sudo", "_consumed", "_exited", "_guarding", "_input", "_input_ended",
+        "_input_fd", "_keeper", "_loop", "_output", "_outputs", "_paused", "_status", "_timed_out",
+        "_timer", "_uncounted", "pid",
     )  # fmt: skip
 
     def __init__(
         self,
         loop: Loop,
         keeper: Keeper,
+        *,
         output: Callable[[int, bytes], None],
+        consumed: Callable[[int], None],
         exited: Callable[[int, int], None],
     ) -> None:
-        """*exited* gets the exit code and the signal (0: none) that ended the command; code
-        OUT_OF_TIME after its time limit."""
+        """Who is told: of output, by stream; of standard input that it took; of the exit code
+        (OUT_OF_TIME after its time limit) and the signal (0: none) that ended it."""
         self._loop, self._keeper = loop, keeper
         self._awaited = False
         """Whether the loop has been asked to tell of its end."""
         self._by_sudo = False
         self._guarding: Timer | None = None
-        self._output, self._exited = output, exited
+        self._output, self._consumed, self._exited = output, consumed, exited
         self._outputs: dict[int, int] = {}
         self._input: list[bytes] = []
         self._input_fd = -1
@@ -66,7 +72,6 @@ class Process:
         self._timer: Timer | None = None
         self._uncounted = 0
         """Of standard input, what is ours and not fed."""
-        self.consumed: Callable[[int], None] = _ignore
         self.pid = 0
 
     def start(
@@ -86,12 +91,11 @@ class Process:
             if task:
                 self._fork(argv, env, cwd, fed=fed)
             else:
-                program = _find(argv[0], env.get("PATH", os.defpath), cwd)
-                is_fed = fed or bool(before)
-                self._spawn([program, *argv[1:]], env, cwd, pty=pty, fed=is_fed, third=third)
+                self._spawn(argv, env, cwd, pty=pty, fed=fed or bool(before), third=third)
         except OSError as error:
-            self._output(2, f"karun: {error.filename or argv[0]}: {error.strerror}\n".encode())
             missing = isinstance(error, FileNotFoundError) and error.filename != cwd
+            reason = error.strerror if not missing or "/" in argv[0] else "command not found"
+            self._output(2, f"karun: {error.filename or argv[0]}: {reason}\n".encode())
             self._end_input()
             self._exited(CODE_NOT_FOUND if missing else CODE_NOT_STARTED, 0)
             return
@@ -105,7 +109,7 @@ class Process:
             self._timer = self._loop.at(limit_s, self._out_of_time)
 
     def write(self, data: bytes) -> None:
-        """Feed its standard input; `consumed` is called as it takes it, or cannot."""
+        """Feed its standard input; it is told as it takes it, or cannot."""
         if self._input_fd < 0:
             self._count(len(data))
             return
@@ -138,9 +142,10 @@ class Process:
                 if paused:
                     self._loop.unwatch(fd)
                 else:
-                    self._loop.watch(fd, READ, self._reader(fd))
+                    self._loop.watch(fd, READ, partial(self._read, fd))
 
     def _guard(self) -> None:
+        self._guarding = None
         self._keeper.guard(self.pid, by_sudo=self._by_sudo)
         self._await()
 
@@ -159,20 +164,19 @@ class Process:
         self, argv: list[str], env: dict[str, str], cwd: str,
         *, pty: bool, fed: bool, third: int,
     ) -> None:  # fmt: skip
-        null = os.open("/dev/null", os.O_RDWR)
-        theirs = [null]
+        theirs: list[int] = []
         back = os.open(".", os.O_RDONLY | os.O_DIRECTORY) if cwd else -1
         try:
-            if pty:
-                actions = self._on_terminal(theirs)
-            else:
-                actions = self._on_pipes(theirs, null, fed)
+            actions = self._on_terminal(theirs) if pty else self._on_pipes(theirs, fed)
             if third >= 0:
                 actions.append((os.POSIX_SPAWN_DUP2, third, 3))
             if cwd:
                 os.chdir(cwd)
-            self.pid = os.posix_spawn(
-                argv[0], argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS
+            path = env.get("PATH", os.defpath)
+            # posix_spawnp looks where this process's own PATH says.
+            program = argv[0] if path == _PATH else _find(argv[0], path)
+            self.pid = os.posix_spawnp(
+                program, argv, env, file_actions=actions, setsid=True, setsigdef=_DEFAULT_SIGNALS
             )
         except OSError:
             self._drop_outputs()
@@ -188,10 +192,9 @@ class Process:
     def _fork(self, words: list[str], env: dict[str, str], cwd: str, *, fed: bool) -> None:
         from . import task
 
-        null = os.open("/dev/null", os.O_RDWR)
-        theirs = [null]
-        ends = [end for _dup2, end, _target in self._on_pipes(theirs, null, fed)]
+        theirs: list[int] = []
         try:
+            ends = {target: end for _dup2, end, target in self._on_pipes(theirs, fed)}
             self.pid = task.fork(words, env, ends, cwd)
         except OSError:
             self._drop_outputs()
@@ -207,22 +210,24 @@ class Process:
         self._outputs.clear()
 
     def _listen(self) -> None:
-        for fd in {*self._outputs, self._input_fd} - {-1}:
-            os.set_blocking(fd, False)
+        if self._input_fd >= 0:
+            os.set_blocking(self._input_fd, False)
         for fd in self._outputs:
-            self._loop.watch(fd, READ, self._reader(fd))
+            os.set_blocking(fd, False)
+            self._loop.watch(fd, READ, partial(self._read, fd))
 
-    def _on_pipes(self, theirs: list[int], null: int, fed: bool) -> list[tuple[Any, ...]]:
-        ends = [null]
-        if fed:
-            ends[0], self._input_fd = os.pipe()
-            theirs.append(ends[0])
+    def _on_pipes(self, theirs: list[int], fed: bool) -> list[tuple[Any, ...]]:
+        actions = []
+        if fed:  # else it has ours, which is /dev/null (karun/agent/main.py)
+            end, self._input_fd = os.pipe()
+            theirs.append(end)
+            actions.append((os.POSIX_SPAWN_DUP2, end, 0))
         for stream in (1, 2):
             mine, end = os.pipe()
             self._outputs[mine] = stream
             theirs.append(end)
-            ends.append(end)
-        return [(os.POSIX_SPAWN_DUP2, end, target) for target, end in enumerate(ends)]
+            actions.append((os.POSIX_SPAWN_DUP2, end, stream))
+        return actions
 
     def _on_terminal(self, theirs: list[int]) -> list[tuple[Any, ...]]:
         mine, terminal = os.openpty()
@@ -233,24 +238,23 @@ class Process:
         opening = (os.POSIX_SPAWN_OPEN, 0, os.ttyname(terminal), os.O_RDWR, 0)
         return [opening, (os.POSIX_SPAWN_DUP2, 0, 1), (os.POSIX_SPAWN_DUP2, 0, 2)]
 
-    def _reader(self, fd: int) -> Callable[[int], None]:
-        return lambda _events: self._read(fd)
-
-    def _read(self, fd: int) -> None:
+    def _read(self, fd: int, events: int = READ) -> None:
         try:
-            data = os.read(fd, READ_SIZE)
+            data = os.read(fd, READ_SIZE) if events & READ else b""
         except BlockingIOError:
             return
         except OSError:  # a terminal whose other end is closed
             data = b""
         if data:
             self._output(self._outputs[fd], data)
+            return
+        self._close_output(fd)
+        if self._outputs:
+            return
+        if self._status < 0:
+            self._await()
         else:
-            self._close_output(fd)
-            if not self._outputs and self._status < 0:
-                self._await()
-            else:
-                self._finish()
+            self._finish()
 
     def _close_output(self, fd: int) -> None:
         self._loop.unwatch(fd)
@@ -290,7 +294,7 @@ class Process:
         own_size = min(size, self._uncounted)
         self._uncounted -= own_size
         if size > own_size:
-            self.consumed(size - own_size)
+            self._consumed(size - own_size)
 
     def _out_of_time(self) -> None:
         self._timed_out = True
@@ -301,10 +305,12 @@ class Process:
         self._status = status
         if self._guarding is not None:
             self._guarding.cancel()
-        self._keeper.release(self.pid)
+        else:
+            self._keeper.release(self.pid)
         if self._timer is not None:
             self._timer.cancel()
-        self._end_input()
+        if self._input_fd >= 0:
+            self._end_input()
         self._finish()
         if self._outputs:
             self._timer = self._loop.at(LINGER_S, self._linger)
@@ -334,15 +340,9 @@ class Process:
             self._exited(os.WEXITSTATUS(self._status), 0)
 
 
-def _ignore(_size: int) -> None:
-    pass
-
-
-def _find(name: str, path: str, cwd: str) -> str:
-    """Return the program that a shell would run; raises FileNotFoundError."""
+def _find(name: str, path: str) -> str:
+    """Return the program that a shell with this PATH would run; raises FileNotFoundError."""
     if "/" in name:
-        where = name if name.startswith("/") else os.path.join(cwd or ".", name)
-        os.stat(where)
         return name
     for directory in path.split(":"):
         program = f"{directory or '.'}/{name}"

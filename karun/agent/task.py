@@ -21,8 +21,8 @@ TASKS = ("place", "give", "relay", "watch")
 CODE_BROKEN = 70
 
 
-def fork(words: list[str], env: dict[str, str], ends: list[int], cwd: str) -> int:
-    """Begin a task with these standard streams; return its process id.
+def fork(words: list[str], env: dict[str, str], ends: dict[int, int], cwd: str) -> int:
+    """Begin a task with these standard streams (by number), others ours; return its process id.
 
     Raises OSError; FileNotFoundError when there is no such task.
     """
@@ -35,7 +35,7 @@ def fork(words: list[str], env: dict[str, str], ends: list[int], cwd: str) -> in
     try:
         os.setsid()
         gc.freeze()  # or what is collected here would close descriptors that are ours by then
-        for target, end in enumerate(ends):
+        for target, end in ends.items():
             os.dup2(end, target)
         _close_others()
         os.environ.clear()
