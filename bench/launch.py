@@ -39,6 +39,8 @@ PROGRAMS: Mapping[str, str] = {
     "taktuk": "taktuk",
     "sshd": "openssh-server",
 }
+KARUN = str(Path(sys.executable).with_name("karun"))
+"""As its users start it."""
 LIMIT_S = 600.0
 
 
@@ -54,7 +56,7 @@ class Sample:
 def commands(nodes: Sequence[str], config: Path, window: int) -> dict[str, list[str]]:
     """Return each system's command line."""
     names = ",".join(nodes)
-    karun = [sys.executable, "-m", "karun.entry", "run", "-w", names, "--ssh-config", str(config)]
+    karun = [KARUN, "run", "-w", names, "--ssh-config", str(config)]
     hosts = config.with_name("hosts")
     hosts.write_text("".join(f"{node}\n" for node in nodes))
     return {
@@ -105,14 +107,13 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
     """
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         environment = os.environ | {"XDG_RUNTIME_DIR": place}
-        karun = [sys.executable, "-m", "karun.entry"]
         nodes = addresses(count)
         start = [
             "session", "start", "-w", ",".join(nodes),
             "--ssh-config", str(sshd.config), "-f", str(window),
         ]  # fmt: skip
-        subprocess.run([*karun, *start], env=environment, check=True, stdout=subprocess.DEVNULL)
-        run = [*karun, "run", "--session", "default", "-n", "-b", "-S"]
+        subprocess.run([KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL)
+        run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
         times: dict[str, list[float]] = {}
         try:
             with Shells(nodes, sshd.config, window) as shells:
@@ -125,7 +126,7 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
                     times.setdefault(name, []).append(time.monotonic() - start_s)
                 times.setdefault("commands alone", []).append(bare_commands(count))
         finally:
-            subprocess.run([*karun, "session", "stop"], env=environment, check=False)
+            subprocess.run([KARUN, "session", "stop"], env=environment, check=False)
     return times
 
 
@@ -202,7 +203,7 @@ class Shells:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print; return 1 if something failed."""
+    """Read the options, install what is missing, measure; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.launch", description=(__doc__ or "").split("\n")[0]
     )
@@ -215,9 +216,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sshd and its keys go
     try:
         packages.ensure(PROGRAMS, may_install=not options.no_install)
+        return compare(options)
     except KaError as error:
         print(f"bench.launch: {error}", file=sys.stderr)
         return error.code.exit_code
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Measure and print what the options choose; return 1 if something failed."""
     for name, fact in facts.gather(Path(tempfile.gettempdir())).items():
         print(f"{name}: {fact}")
     with tempfile.TemporaryDirectory() as place:
