@@ -1,10 +1,13 @@
-"""`python -m bench`: the file systems; `python -m bench copy`: one file to many nodes."""
+"""`python -m bench`: the file systems; `copy` and `slow`: one file to many nodes."""
 
 from __future__ import annotations
 
 import sys
 
-from bench import copy
+from bench import copy, slow
 from bench.run import main
 
-sys.exit(copy.main(sys.argv[2:]) if sys.argv[1:2] == ["copy"] else main())
+COMMANDS = {"copy": copy.main, "slow": slow.main}
+
+command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+sys.exit(command(sys.argv[2:]) if command else main())
