@@ -26,6 +26,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import trio
+
+import karun
 from bench import facts, packages
 from bench.sshd import Sshd, addresses
 from common.errors import Code, KaError
@@ -56,13 +59,13 @@ class Sample:
 def commands(nodes: Sequence[str], config: Path, window: int) -> dict[str, list[str]]:
     """Return each system's command line."""
     names = ",".join(nodes)
-    karun = [KARUN, "run", "-w", names, "--ssh-config", str(config)]
+    launch = [KARUN, "run", "-w", names, "--ssh-config", str(config)]
     hosts = config.with_name("hosts")
     hosts.write_text("".join(f"{node}\n" for node in nodes))
     return {
-        "karun": [*karun, "-f", str(window), "-b", "-S", "--", "true"],
+        "karun": [*launch, "-f", str(window), "-b", "-S", "--", "true"],
         "karun, ssh's own key exchange": [
-            *karun, "--no-fast-ssh", "-f", str(window), "-b", "-S", "--", "true",
+            *launch, "--no-fast-ssh", "-f", str(window), "-b", "-S", "--", "true",
         ],
         "clush": ["clush", "-w", names, "-f", str(window), "-o", f"-F {config}", "-bS", "true"],
         "pdsh": ["pdsh", "-R", "ssh", "-w", names, "-f", str(window), "-S", "true"],
@@ -102,8 +105,9 @@ def run(command: Sequence[str], sshd: Sshd) -> subprocess.CompletedProcess[bytes
 def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]]:
     """Return wall times of commands in a session, the client's own start included.
 
-    And what they are made of: the same on one node, the commands alone, and the commands in shells
-    that stand at the end of ssh connections, without anything of karun (`Shells`).
+    And what they are made of: the same on one node, without that start, the commands alone, and the
+    commands in shells that stand at the end of ssh connections, without anything of karun
+    (`Shells`).
     """
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         environment = os.environ | {"XDG_RUNTIME_DIR": place}
@@ -125,8 +129,21 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
                     subprocess.run([*run, *more, "--", "true"], env=environment, check=True)
                     times.setdefault(name, []).append(time.monotonic() - start_s)
                 times.setdefault("commands alone", []).append(bare_commands(count))
+            os.environ["XDG_RUNTIME_DIR"] = place
+            times["all nodes, from a program"] = trio.run(joined_commands, runs)
         finally:
             subprocess.run([KARUN, "session", "stop"], env=environment, check=False)
+    return times
+
+
+async def joined_commands(runs: int) -> list[float]:
+    """Return the times of commands of a program that has joined the session."""
+    times = []
+    async with karun.Joined("default") as nodes:
+        for _ in range(runs):
+            start_s = time.monotonic()
+            await nodes.command(["true"])
+            times.append(time.monotonic() - start_s)
     return times
 
 
