@@ -76,6 +76,34 @@ async def test_a_command_that_does_not_read_its_input_ends_all_the_same() -> Non
     assert [outcome.exit_code for outcome in outcomes] == [0, 0, 0]
 
 
+async def test_a_command_begins_with_no_signal_ignored_and_without_input() -> None:
+    sink = Collect()
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        async with Run(names(1), "local") as run:
+            await run.command(["grep", "SigIgn", "/proc/self/status", "-"], sink=sink)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    name, ignored = sink.outputs[0, 1].split()
+    assert name == b"/proc/self/status:SigIgn:"
+    own_of_libc = 1 << 31 | 1 << 32  # signals 32 and 33, which posix_spawn of glibc ignores
+    assert int(ignored, 16) & ~own_of_libc == 0
+
+
+async def test_a_program_is_looked_for_where_the_commands_own_path_says(tmp_path: Path) -> None:
+    program = tmp_path / "bin" / "only-here"
+    program.parent.mkdir()
+    program.write_text('#!/bin/sh\necho "$0"\n')
+    program.chmod(0o755)
+    async with Run(names(1), "local") as run:
+        for path, found in (f"/nowhere:{program.parent}", program), ("bin", "bin/only-here"):
+            sink = Collect()
+            await run.command(["only-here"], sink=sink, cwd=str(tmp_path), env={"PATH": path})
+            assert sink.outputs[0, 1] == f"{found}\n".encode()
+        (outcome,) = await run.command(["only-here"])
+    assert outcome.exit_code == 127
+
+
 @pytest.mark.parametrize(
     ("argv", "code"), [(["no-such-program"], 127), (["/etc/passwd"], 126), (["/no/such"], 127)]
 )
