@@ -10,4 +10,7 @@ from bench.run import main
 COMMANDS = {"copy": copy.main, "slow": slow.main}
 
 command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-sys.exit(command(sys.argv[2:]) if command else main())
+try:
+    sys.exit(command(sys.argv[2:]) if command else main())
+except KeyboardInterrupt:  # everything is down by now
+    sys.exit(130)

@@ -29,17 +29,18 @@ from common.broadcast.cost import Network
 from common.broadcast.job import encode_job
 from common.broadcast.node import HopOptions
 from common.broadcast.planner import Request, make_plan
-from common.broadcast.topology import Kind
+from common.broadcast.topology import Kind, Shape
 from common.broadcast.transfer import new_job
 from common.errors import Code, KaError
 
-__all__ = ["WAYS", "Copied", "Setting", "Way"]
+__all__ = ["WAYS", "Broadcast", "Copied", "Run", "Setting", "Way"]
 
 READY_S = 1.0
 """Peers do not say when their receivers listen."""
 READY_TIMEOUT_S = 20.0
 END_TIMEOUT_S = 120.0
 """A way that takes longer has failed."""
+TOO_EARLY = "a process of the copy ended too early; see ka.log"
 PORT = 7007
 UNSHAPED_MBIT = 10_000.0
 """What a link is taken for that is not shaped."""
@@ -87,14 +88,14 @@ class Way(ABC):
         """Copy `setting.source` to every node's target; raises KaError when it fails."""
 
 
-class _Run:
-    """Processes of one way, and what they used."""
+class Run:
+    """Processes of one way, and what they used; killed when they take too long."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *, timeout_s: float = END_TIMEOUT_S) -> None:
         self._log = log
         self._running: list[tuple[str, subprocess.Popen[bytes]]] = []
         self.cpu_s = 0.0
-        self._alarm = threading.Timer(END_TIMEOUT_S, self._kill)
+        self._alarm = threading.Timer(timeout_s, self._kill)
         self._alarm.start()
 
     def start(self, arguments: Sequence[str], *, talks: bool = False) -> subprocess.Popen[bytes]:
@@ -149,6 +150,39 @@ def _close(process: subprocess.Popen[bytes]) -> None:
             stream.close()
 
 
+class Broadcast:
+    """The processes of one broadcast, which wait for their job."""
+
+    def __init__(self, run: Run, setting: Setting, chunk_size: int, *options: str) -> None:
+        """*options*: more of a node's command line.  Raises KaError when one does not start."""
+        what = [["source", "--from", str(setting.source), "--chunk-size", str(chunk_size)]]
+        for node in setting.nodes:
+            what.append(["node", "--rank", str(node), "--to", str(setting.target(node)), *options])
+        lab = setting.lab
+        self.processes = [
+            run.start(
+                lab.inside(node, sys.executable, "-m", "common.broadcast", *words,
+                           "--listen", f"{lab.address(node)}:0"),
+                talks=True,
+            )
+            for node, words in enumerate(what)
+        ]  # fmt: skip
+        self._addresses = [_line(process.stdout) for process in self.processes]
+
+    def begin(self, shape: Shape, options: HopOptions) -> float:
+        """Give all their job; return when; raises KaError when one is gone."""
+        text = encode_job(new_job(shape, self._addresses, options))
+        began_s = time.monotonic()
+        for process in self.processes:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(base64.b64encode(text) + b"\n")
+                process.stdin.flush()
+            except OSError:
+                raise KaError(Code.UNREACHABLE, TOO_EARLY) from None
+        return began_s
+
+
 class KaCopy(Way):
     """The broadcast engine, with the shape that the planner chooses."""
 
@@ -160,25 +194,12 @@ class KaCopy(Way):
         network = Network(up_rate=rate, down_rate=rate, uplink_rate=setting.uplink_mbit * 1e6 / 8)
         size = setting.source.stat().st_size
         plan = make_plan(Request(size, setting.racks, network, kind=self.kind)).chosen
-        run = _Run(setting.directory / "ka.log")
+        run = Run(setting.directory / "ka.log")
         try:
-            source = self._start(run, setting, 0, "source", "--from", str(setting.source),
-                                 "--chunk-size", str(plan.chunk_size))  # fmt: skip
-            nodes = [
-                self._start(run, setting, node, "node", "--rank", str(node),
-                            "--to", str(setting.target(node)))
-                for node in setting.nodes
-            ]  # fmt: skip
-            processes = [source, *nodes]
-            addresses = [_line(process.stdout) for process in processes]
+            broadcast = Broadcast(run, setting, plan.chunk_size)
             options = HopOptions(expected_rate=rate if setting.rate_mbit else 0.0)
-            job = base64.b64encode(encode_job(new_job(plan.shape, addresses, options))) + b"\n"
-            began_s = time.monotonic()
-            for process in processes:
-                assert process.stdin is not None
-                process.stdin.write(job)
-                process.stdin.flush()
-            reports = [json.loads(_line(process.stdout)) for process in processes]
+            began_s = broadcast.begin(plan.shape, options)
+            reports = [json.loads(_line(process.stdout)) for process in broadcast.processes]
             seconds = time.monotonic() - began_s
             run.wait()
         finally:
@@ -186,13 +207,6 @@ class KaCopy(Way):
         notes = f", {len(reports[0]['notes'])} notes" if reports[0]["notes"] else ""
         remark = f"{plan.name}, chunks of {plan.chunk_size >> 10} KiB{notes}"
         return Copied(seconds, sum(report["cpu_s"] for report in reports), remark)
-
-    def _start(
-        self, run: _Run, setting: Setting, node: int, *arguments: str
-    ) -> subprocess.Popen[bytes]:
-        listen = f"{setting.lab.address(node)}:0"
-        module = [sys.executable, "-m", "common.broadcast", *arguments, "--listen", listen]
-        return run.start(setting.lab.inside(node, *module), talks=True)
 
 
 class KaStripes(KaCopy):
@@ -211,7 +225,7 @@ def _line(stream: IO[bytes] | None) -> str:
     assert stream is not None
     line = stream.readline()
     if not line:
-        raise KaError(Code.UNREACHABLE, "a process of the copy ended too early; see ka.log")
+        raise KaError(Code.UNREACHABLE, TOO_EARLY)
     return line.decode().strip()
 
 
@@ -219,7 +233,7 @@ class _Peer(Way):
     """Receivers, a moment, then the sender."""
 
     def copy(self, setting: Setting) -> Copied:
-        run = _Run(setting.directory / f"{self.name}.log")
+        run = Run(setting.directory / f"{self.name}.log")
         try:
             for node in reversed(setting.nodes):
                 run.start(setting.lab.inside(node, *self.receiver(setting, node)))
@@ -243,7 +257,7 @@ class _Peer(Way):
     def await_receiver(self, setting: Setting, node: int) -> None:
         """Wait until the next receiver may be started."""
 
-    def finish(self, run: _Run) -> None:
+    def finish(self, run: Run) -> None:
         run.wait()
 
 
@@ -321,7 +335,7 @@ class Uftp(_Peer):
         return ["uftp", "-I", "eth0", "-R", rate_kbit, "-D", "copy", "-H", hosts,
                 str(setting.source)]  # fmt: skip
 
-    def finish(self, run: _Run) -> None:
+    def finish(self, run: Run) -> None:
         run.wait(last_only=True)
 
 

@@ -127,7 +127,9 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
             "session", "start", "-w", ",".join(nodes),
             "--ssh-config", str(sshd.config), "-f", str(window),
         ]  # fmt: skip
-        subprocess.run([KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S
+        )
         run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
         times: dict[str, list[float]] = {}
         try:
@@ -137,16 +139,20 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
             for _ in range(runs):
                 for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
                     start_s = time.monotonic()
-                    subprocess.run([*run, *more, "--", "true"], env=environment, check=True)
+                    subprocess.run(
+                        [*run, *more, "--", "true"], env=environment, check=True, timeout=LIMIT_S
+                    )
                     times.setdefault(name, []).append(time.monotonic() - start_s)
                 times.setdefault("commands alone", []).append(bare_commands(count))
             told = subprocess.run(
                 [sys.executable, "-c", PROGRAM, str(runs)],
-                env=environment, check=True, stdout=subprocess.PIPE, text=True,
+                env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S,
             ).stdout  # fmt: skip
             times["all nodes, from a program"] = [float(took_s) for took_s in told.split()]
         finally:
-            subprocess.run([KARUN, "session", "stop"], env=environment, check=False)
+            subprocess.run(
+                [KARUN, "session", "stop"], env=environment, check=False, timeout=LIMIT_S
+            )
     return times
 
 
@@ -240,6 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KaError as error:
         print(f"bench.launch: {error}", file=sys.stderr)
         return error.code.exit_code
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"bench.launch: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # everything is down by now
+        return 130
 
 
 def compare(options: argparse.Namespace) -> int:

@@ -9,36 +9,36 @@ Their copies are compared byte by byte.
 from __future__ import annotations
 
 import argparse
-import base64
 import filecmp
 import os
+import selectors
 import signal
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench.cell import require_root
+from bench.copysystems import Broadcast, Run, Setting
 from bench.model import parse_size
 from bench.netlab import NetLab
 from common.broadcast.cost import Network
-from common.broadcast.job import encode_job
 from common.broadcast.node import HopOptions
 from common.broadcast.planner import Request, make_plan
 from common.broadcast.topology import Kind
-from common.broadcast.transfer import new_job
 from common.errors import Code, KaError
 
 __all__ = ["main"]
 
 SLOW_SHARE = 0.05
+PROGRESS = "--progress"
 KINDS = (Kind.CHAIN, Kind.BINARY, Kind.STRIPES)
 PATIENCE = 2.2
 """How many times as long as the link needs a copy may take."""
 MARGIN_S = 8.0
+START_S = 60.0
+"""In which all processes have started."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,10 +50,12 @@ def main(arguments: Sequence[str]) -> int:
         kinds = [kind for kind in KINDS if kind.value in given.kinds.split(",")]
         if not kinds:
             raise KaError(Code.USAGE, f"kinds are: {', '.join(kind.value for kind in KINDS)}")
-        slow_nodes = [int(name) for name in given.slow.split(",")]
-        if any(not 1 <= node <= given.nodes for node in slow_nodes):
-            raise KaError(Code.USAGE, f"nodes are 1 to {given.nodes}")
+        slow_nodes = [int(name) if name.isdecimal() else 0 for name in given.slow.split(",")]
+        if given.nodes < 2 or any(not 1 <= node <= given.nodes for node in slow_nodes):
+            raise KaError(Code.USAGE, f"--slow: nodes are 1 to {given.nodes}, of two or more")
         size = parse_size(given.size)
+        if given.rate <= 0 or size <= 0 or given.after < 0:
+            raise KaError(Code.USAGE, "rate and size are above 0, and no time is below")
         with tempfile.TemporaryDirectory(dir=given.scratch, prefix="ka-bench-slow-") as name:
             source = Path(name) / "source"
             source.write_bytes(os.urandom(size))
@@ -67,9 +69,12 @@ def main(arguments: Sequence[str]) -> int:
                         f"   {100 * (took_s / base_s - 1):+5.1f} %",
                         flush=True,
                     )
-    except (KaError, ValueError) as error:
+    except KaError as error:
         print(f"bench slow: {error}")
-        return error.code.exit_code if isinstance(error, KaError) else 2
+        return error.code.exit_code
+    except OSError as error:  # the scratch directory: not there, full
+        print(f"bench slow: {error}")
+        return 1
     return 0
 
 
@@ -103,76 +108,65 @@ class _Copy:
         rate = given.rate * 1e6 / 8
         network = Network(up_rate=rate, down_rate=rate)
         self._plan = make_plan(Request(size, (given.nodes,), network, kind=kind, fanout=2)).chosen
-        self._chunk_count = -(-size // self._plan.chunk_size)
+        self._last_line = b"%d" % -(-size // self._plan.chunk_size)
+        """What a node says when it has every chunk."""
         self._limit_s = PATIENCE * size / rate + MARGIN_S
         self._options = HopOptions(expected_rate=rate, deadline_s=self._limit_s - MARGIN_S / 2)
         self._whole_s: dict[int, float] = {}
-        """When a node had every chunk."""
+        """When a node had every chunk, since the beginning."""
 
     def run(self) -> float:
-        """Return how long it took until every healthy node had everything."""
-        healthy = [node for node in range(1, self._given.nodes + 1) if node != self._slow]
+        """Return how long it took until every healthy node had everything; raises KaError."""
+        rate = self._given.rate
         with (
             tempfile.TemporaryDirectory(dir=self._source.parent) as name,
-            NetLab((self._given.nodes + 1,), rate_mbit=self._given.rate) as lab,
+            NetLab((self._given.nodes + 1,), rate_mbit=rate) as lab,
         ):
-            directory = Path(name)
-            processes = [self._start(lab, node, directory) for node in range(lab.count)]
+            setting = Setting(lab, self._source, Path(name), (self._given.nodes,), rate, 0.0)
+            for node in setting.nodes:
+                setting.target(node).parent.mkdir()
+            run = Run(Path(name) / "ka.log", timeout_s=self._limit_s + START_S)
             try:
-                self._broadcast(lab, processes, healthy)
+                self._broadcast(setting, Broadcast(run, setting, self._plan.chunk_size, PROGRESS))
             finally:
-                for process in processes:
-                    process.kill()
-                    process.communicate()
+                run.end()
+            healthy = [node for node in setting.nodes if node != self._slow]
             late = [node for node in healthy if node not in self._whole_s]
             if late:
                 raise KaError(Code.TIMEOUT, f"not whole after {self._limit_s:.0f} s: nodes {late}")
             for node in healthy:
-                if not filecmp.cmp(self._source, directory / str(node), shallow=False):
+                if not filecmp.cmp(self._source, setting.target(node), shallow=False):
                     raise KaError(Code.CHUNK_CORRUPT, f"node {node} has other bytes")
         return max(self._whole_s[node] for node in healthy)
 
-    def _start(self, lab: NetLab, node: int, directory: Path) -> subprocess.Popen[str]:
-        source = ["source", "--from", str(self._source), "--chunk-size", str(self._plan.chunk_size)]
-        sink = ["node", "--rank", str(node), "--to", str(directory / str(node)), "--progress"]
-        words = [*(sink if node else source), "--listen", f"{lab.address(node)}:0"]
-        return subprocess.Popen(
-            lab.inside(node, sys.executable, "-m", "common.broadcast", *words),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+    def _broadcast(self, setting: Setting, broadcast: Broadcast) -> None:
+        began_s = broadcast.begin(self._plan.shape, self._options)
+        with selectors.DefaultSelector() as selector:
+            for node in setting.nodes:
+                stream = broadcast.processes[node].stdout
+                assert stream is not None
+                if node != self._slow:
+                    selector.register(stream, selectors.EVENT_READ, (node, [b""]))
+            if self._slow:
+                self._follow(selector, began_s, self._given.after)
+                if not selector.get_map():
+                    raise KaError(Code.USAGE, f"all was over before {self._given.after:g} s")
+                setting.lab.throttle(self._slow, self._given.rate * SLOW_SHARE)
+            self._follow(selector, began_s, self._limit_s)
 
-    def _broadcast(
-        self, lab: NetLab, processes: Sequence[subprocess.Popen[str]], healthy: Sequence[int]
+    def _follow(
+        self, selector: selectors.BaseSelector, began_s: float, until_s: float
     ) -> None:
-        addresses = [_line(process) for process in processes]
-        job = new_job(self._plan.shape, addresses, self._options)
-        text = base64.b64encode(encode_job(job)).decode() + "\n"
-        begun_s = time.monotonic()
-        watchers = [
-            threading.Thread(target=self._watch, args=(node, process, begun_s))
-            for node, process in enumerate(processes)
-        ]
-        for process, watcher in zip(processes, watchers, strict=True):
-            assert process.stdin is not None
-            process.stdin.write(text)
-            process.stdin.flush()
-            watcher.start()
-        if self._slow:
-            time.sleep(self._given.after)
-            lab.throttle(self._slow, self._given.rate * SLOW_SHARE)
-        for node in healthy:
-            watchers[node].join(max(0.0, begun_s + self._limit_s - time.monotonic()))
-
-    def _watch(self, node: int, process: subprocess.Popen[str], begun_s: float) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == str(self._chunk_count):
-                self._whole_s[node] = time.monotonic() - begun_s
-
-
-def _line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline().strip()
-    if not line:
-        raise KaError(Code.INTERNAL, "a node did not start")
-    return line
+        """Note who has everything, until *until_s* after the beginning or all have ended."""
+        while selector.get_map():
+            left_s = began_s + until_s - time.monotonic()
+            if left_s <= 0:
+                return
+            for key, _events in selector.select(left_s):
+                node, unended = key.data
+                data = os.read(key.fd, 1 << 16)
+                *lines, unended[0] = (unended[0] + data).split(b"\n")
+                if self._last_line in lines:
+                    self._whole_s[node] = time.monotonic() - began_s
+                if not data:
+                    selector.unregister(key.fileobj)

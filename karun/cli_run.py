@@ -79,7 +79,7 @@ def in_session(words: Sequence[str]) -> tuple[str | None, Options]:
     return _parsed(tuple(words))
 
 
-@functools.lru_cache(256)  # what is run once is often run again, and this is half a millisecond
+@functools.lru_cache(16)  # few, for words may be long; to parse takes half a millisecond
 def _parsed(words: tuple[str, ...]) -> tuple[str | None, Options]:
     try:
         context = run.make_context("karun run", list(words))

@@ -70,6 +70,7 @@ async def _session(name: str, where: Where) -> None:
     listener = socket.socket(socket.AF_UNIX)
     async with where.run(names) as run:
         await run.launched()
+        gc.collect()
         gc.freeze()  # what is here stays: no collection need look at it again
         _remove(path)
         mask = os.umask(0o177)

@@ -88,7 +88,10 @@ class Channel:
         if not self.open:
             return
         if self._held:
-            self._hold(data)
+            self._held.append(data)
+            self._held_size += len(data)
+            if self._held_size > HELD_SIZE_MAX:
+                self.close("takes nothing")
             return
         try:
             count = os.write(self._write_fd, data)
@@ -99,14 +102,9 @@ class Channel:
             return
         self.sent = self._loop.now
         if count < len(data):
-            self._hold(data[count:])
+            self._held.append(data[count:])
+            self._held_size = len(data) - count
             self._watch()
-
-    def _hold(self, data: bytes) -> None:
-        self._held.append(data)
-        self._held_size += len(data)
-        if self._held_size > HELD_SIZE_MAX:
-            self.close("takes nothing")
 
     def pause(self, paused: bool) -> None:
         """Stop reading, or go on."""

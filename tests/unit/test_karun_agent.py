@@ -17,7 +17,7 @@ import pytest
 from karun import archive
 
 ALLOWED = {
-    "_heapq", "_functools", "_socket", "_struct", "__future__", "heapq", "select", "struct", "time",
+    "_heapq", "_functools", "_socket", "_struct", "__future__", "heapq", "select", "time",
     "karun", "karun.agent",
     *(f"karun.agent.{name}" for name in (
         "channel", "frames", "keeper", "loop", "main", "member", "process", "setup",
