@@ -42,7 +42,9 @@ PUTS_SIZE_MAX = 3 << 20
 BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
 SOUGHT_S = 1.0
-"""And so long again while some are coming back, or if it slept; QUEUED_S at most."""
+"""And so long again while some are coming back; QUEUED_S at most, with the time that it slept."""
+SLEPT_S = 0.1
+"""So much of sleep does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,12 +309,14 @@ class Engine:
         self, wait_s: float, more_s: float, losses: dict[int, int], through: int, reason: str
     ) -> None:
         """Give up, after a while, those that are not back by then; *more_s*: later if need be."""
-        due_s = monotonic() + wait_s
+        slept_before_s = self._hub.slept_s
 
         def check() -> None:
-            we_slept = monotonic() - due_s > SOUGHT_S
-            if (we_slept or self._hub.is_sought) and more_s > 0:
-                self._give_up_in(SOUGHT_S, more_s - SOUGHT_S, losses, through, reason)
+            again_s = self._hub.slept_s - slept_before_s
+            if again_s < SLEPT_S:
+                again_s = SOUGHT_S if self._hub.is_sought else 0.0
+            if again_s > 0 and more_s > 0:
+                self._give_up_in(again_s, more_s - again_s, losses, through, reason)
             else:
                 self._give_up(losses, through, reason)
 

@@ -276,12 +276,17 @@ class Caller:
             self._orphans.append((now + REATTACH_S, sorted(gone.held)))
         return self._go_on(now)
 
-    def rejoined(self, rank: int, now: float) -> list[Action]:
+    def rejoined(self, rank: int, now: float, *, calls: bool = True) -> list[Action]:
         """A node whose caller was lost has come here by itself; it is a child now."""
-        for _, orphans in self._orphans:
-            if rank in orphans:
-                orphans.remove(rank)
-        self.children.setdefault(rank, _Child())
+        for ranks in (self.stock, self._retries, *(orphans for _, orphans in self._orphans)):
+            if rank in ranks:
+                ranks.remove(rank)
+        for call in self._calls.get(rank, ()):
+            self._actions.append(Action(ABANDON, rank, attempt=call.attempt))
+        self._forget(rank)
+        if rank not in self.children:
+            self.children[rank] = child = _Child()
+            child.calls = calls
         return self._go_on(now)
 
     # ------------------------------------------------------------ events: calls

@@ -92,6 +92,12 @@ class Call:
         """The agent has introduced itself."""
         self.stage = "ready"
 
+    def outrun(self) -> None:
+        """Its node has come in another way; what this call set up is that one, or is refused."""
+        self.settled()
+        if self.channel is not None:
+            self.channel.close("came another way")
+
     @property
     def tail(self) -> bytes:
         return self._tail

@@ -123,9 +123,16 @@ class Dialer:
         self._settled([call.rank])
         return wanted
 
-    def came(self, rank: int) -> None:
-        """A node that has lost its parent is our child now."""
-        self._do(self._caller.rejoined(rank, monotonic()))
+    def came(self, rank: int, *, calls: bool) -> None:
+        """A node that has lost its parent is our child (it may say so again); *calls* if it can.
+
+        We may be that parent: it was set up, and left before we had read a word of it.
+        """
+        for call in [call for call in self._calls.values() if call.rank == rank and call.channel]:
+            del self._calls[call.rank, call.attempt]
+            call.outrun()
+        calls = calls and rank not in self._caller.children and self._may_call(rank)
+        self._do(self._caller.rejoined(rank, monotonic(), calls=calls))
 
     def seen(self, child: int, rank: int) -> None:
         """Below a child a node is there."""

@@ -68,10 +68,13 @@ class Hub:
             failed=failed, down=self.send, up=tell_parent,
         )  # fmt: skip
         self._strangers: dict[Channel, bytes] = {}
+        self._arrived: set[Channel] = set()
+        """Of those that have proved themselves: who has yet to attach."""
         self._listener: Socket | None = None
         self.children: set[Channel] = set()
         self.ancestors: list[tuple[str, int]] = []
         self._next_tick = loop.now + setup.ping_s
+        self._slept_s = 0.0
         self._paused = False
         self._port = 0
         self._empty: Callable[[], None] | None = None
@@ -145,7 +148,8 @@ class Hub:
             channel.close("another try was quicker")
             return
         if call is None and rank == channel.peer:
-            self.dialer.came(rank)
+            self._arrived.discard(channel)
+            self.dialer.came(rank, calls=self._can_call(payload))
         elif call is None:
             self.dialer.seen(channel.peer, rank)
         self._up(frames.ATTACH, rank, payload)
@@ -156,6 +160,7 @@ class Hub:
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)
+        self._arrived.discard(channel)
         if self._empty is not None and not self.children:
             self._empty()
         call = self.dialer.call_of(channel)
@@ -172,6 +177,7 @@ class Hub:
     def _tick(self) -> None:
         ping_s = self._setup.ping_s
         late = self._loop.now - self._next_tick
+        self._slept_s += late
         for channel in [*self.children, *self._strangers]:
             if late > ping_s or channel.paused:
                 channel.heard = self._loop.now
@@ -182,6 +188,11 @@ class Hub:
                 channel.send(frames.PING, 0)
         self._next_tick = self._loop.now + ping_s
         self._loop.at(ping_s, self._tick)
+
+    @property
+    def slept_s(self) -> float:
+        """How long this process did not get round to its timers, all in all."""
+        return self._slept_s + max(0.0, self._loop.now - self._next_tick)
 
     # Those who come back.
 
@@ -225,7 +236,7 @@ class Hub:
     @property
     def is_sought(self) -> bool:
         """Whether there are some who may be coming back."""
-        return bool(self._strangers)
+        return bool(self._strangers or self._arrived)
 
     def _challenge(self, fd: int) -> None:
         channel = Channel(self._loop, fd, fd, size_max=proof.UNPROVED_SIZE_MAX)
@@ -256,6 +267,7 @@ class Hub:
         channel.peer = rank
         channel.frame, channel.closed = self._frame, self._closed
         self.children.add(channel)
+        self._arrived.add(channel)
         answer = proof.accept(token, self._setup.rank, rank, nonce, theirs)
         channel.send(frames.ACCEPT, rank, answer)
         if self._paused:

@@ -18,7 +18,11 @@ from pathlib import Path
 import pytest
 import trio
 
-from karun.agent.frames import HEAD
+from karun.agent import dialer
+from karun.agent.caller import Call
+from karun.agent.channel import Channel
+from karun.agent.frames import HEAD, PING
+from karun.agent.hub import Hub
 from karun.agent.setup import ALWAYS, NEVER
 from karun.api import Outcome, Run
 from karun.engine import Limits
@@ -181,6 +185,27 @@ async def test_a_head_that_stood_still_has_all_its_nodes_back() -> None:
         results = await run.command(["true"])
         assert connected - hub.children
     assert [one.reason for one in results if one.reason is not None] == []
+
+
+async def test_a_node_that_left_before_it_was_heard_outlives_the_call_that_started_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call's deadline, or a second one, would end it."""
+    monkeypatch.setattr(dialer, "AGENT_S", 4.0)
+    monkeypatch.setattr(dialer, "READY_GUESS_S", 0.1)
+    connected = Hub.connected
+    limits = Limits(tree=NEVER, ping_s=0.25)
+
+    def then_stand_still(hub: Hub, call: Call, channel: Channel, early: bytes) -> None:
+        connected(hub, call, channel, early)
+        time.sleep(8 * limits.ping_s)  # by now it dials
+        channel.send(PING, 0)
+        assert not channel.open
+
+    monkeypatch.setattr(Hub, "connected", then_stand_still)
+    async with Run(["n0"], "local", limits=limits) as run:
+        [result] = await run.command(["sleep", "4"])
+    assert result.reason is None
 
 
 async def test_connections_can_be_cut_while_nodes_write(tmp_path: Path) -> None:

@@ -226,6 +226,18 @@ def test_orphans_that_come_back_by_themselves_are_not_called_again() -> None:
     assert set(caller.stock) - before == set(others)
 
 
+def test_who_comes_by_itself_is_called_no_more() -> None:
+    caller, _ = started(3, window_count=1)
+    assert kinds(caller.rejoined(1, 0.1, calls=False)) == [("abandon", 1)]
+    assert not [one for one in caller.failed(1, 1, 0.2) if one.kind == "give up"]
+
+
+def test_who_comes_by_itself_is_given_no_work_if_it_cannot_call() -> None:
+    caller, _ = started(40, window_count=1)
+    assert not [one for one in caller.rejoined(1, 0.1, calls=False) if one.kind == "give"]
+    assert [one for one in caller.rejoined(2, 0.1) if one.kind == "give"]
+
+
 def test_the_module_loads_nothing_else() -> None:
     root = Path(__file__).parents[2]
     code = (
