@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -43,6 +43,8 @@ BACK_MARGIN_S = 2.0
 """A lost node gives up by itself after `reattach_s`; the head waits a little longer."""
 SOUGHT_S = 1.0
 """And so long again while some are coming back; QUEUED_S at most, with the time that it slept."""
+FEW_PART = 4
+"""An order for at most one node in so many goes to these alone; else it is sent to all."""
 SLEPT_S = 0.1
 """So much of sleep does not count."""
 
@@ -143,12 +145,14 @@ class Engine:
         place = invocation.place
         chosen = list(range(self.roster.size) if ranks is None else ranks)
         kind = frames.COMMAND if place is None else frames.RANK
-        members = b"" if len(set(chosen)) == self.roster.size else _bits(chosen)
-        number, order = self.roster.order(kind, *(place or ()), *invocation.fields(), members)
+        members = frozenset(chosen)
+        audience = members if len(members) * FEW_PART <= self.roster.size else None
+        whoever_hears = audience is not None or len(members) == self.roster.size
+        fields = (*(place or ()), *invocation.fields(), b"" if whoever_hears else _bits(chosen))
+        number = self._order(kind, *fields, audience=audience)
         feed = Feed(chosen) if invocation.fed else None
-        command = Command(number, chosen, sink, feed, invocation.limit_s)
+        command = Command(number, chosen, sink, feed, invocation.limit_s, audience)
         self._commands.add(command)
-        self._hub.broadcast(frames.ORDER, order)
         for rank in chosen:
             if rank in self._failures:
                 self._commands.failed(command, rank, *self._failures[rank])
@@ -171,14 +175,14 @@ class Engine:
         """Send standard input to all; see `Feed.room` for when."""
         assert command.feed is not None
         command.feed.sent(len(data))
-        self._order(frames.INPUT, command.number, data)
+        self._order(frames.INPUT, command.number, data, audience=command.audience)
 
     def end_input(self, command: Command) -> None:
-        self._order(frames.INPUT_END, command.number)
+        self._order(frames.INPUT_END, command.number, audience=command.audience)
 
     def signal(self, command: Command, number: int) -> None:
         """Send a signal to the command's processes on all nodes."""
-        self._order(frames.SIGNAL, command.number, number)
+        self._order(frames.SIGNAL, command.number, number, audience=command.audience)
 
     def abandon(self, command: Command) -> None:
         """Kill a command everywhere, and hear no more of it."""
@@ -202,9 +206,15 @@ class Engine:
 
     # What comes up.
 
-    def _order(self, kind: int, *fields: bytes | str | int) -> int:
-        number, payload = self.roster.order(kind, *fields)
-        self._hub.broadcast(frames.ORDER, payload)
+    def _order(
+        self, kind: int, *fields: bytes | str | int, audience: Collection[int] | None = None
+    ) -> int:
+        number, payload = self.roster.order(kind, *fields, ranks=audience)
+        if audience is None:
+            self._hub.broadcast(frames.ORDER, payload)
+        else:
+            for rank in audience:  # to whom there is no way it goes when they attach
+                self._hub.send(rank, frames.ORDER, payload)
         return number
 
     def _known(self, field: bytes) -> int:

@@ -9,7 +9,7 @@ nothing more of that node.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,9 +83,17 @@ class Command:
     """A command on its way: who has not ended yet."""
 
     def __init__(
-        self, number: int, ranks: Iterable[int], sink: Sink, feed: Feed | None, limit_s: float
+        self,
+        number: int,
+        ranks: Iterable[int],
+        sink: Sink,
+        feed: Feed | None,
+        limit_s: float,
+        audience: Collection[int] | None = None,
     ) -> None:
         self.number = number
+        self.audience = audience
+        """Who is told what is ordered of it; None: all nodes of the run."""
         self.limit_s = limit_s
         self.sink = sink
         self.pending = set(ranks)

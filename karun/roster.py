@@ -2,18 +2,19 @@
 
 The counterpart of karun/agent/member.py.  One log of orders serves all nodes; a node that attaches
 gets what it lacks of it, which is how a command reaches a node that has just joined, and one that
-lost its relay.
+lost its relay.  An order is for all nodes or for some, and tells a node that gets it which one it
+must have obeyed before: the last one to all, or what was ordered of it alone since then.
 
 Invariants
   * the first incarnation of a node that attaches is the node; another one is refused;
   * an event counts once, in its turn, whatever way and how often it comes;
-  * an order is kept until every node that may still attach has obeyed it.
+  * an order is kept until every node that it is for, and that may still attach, has obeyed it.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from karun.agent import frames
 from karun.agent.member import EVENT_COST, WINDOW_SIZE
@@ -52,7 +53,12 @@ class Roster:
         self._applied = [0] * size
         self._received = [0] * size
         self._unacked = [0] * size
-        self._log: list[bytes] = []
+        self._last_to_all = 0
+        self._unheard: dict[int, int] = {}
+        """Since the last order to all: of each node that got one of its own, and has not been heard
+        to have obeyed it, the last."""
+        self._log: list[tuple[bytes, Collection[int] | None]] = []
+        """Of each order what is sent, and whom it is for; None: all."""
         self._log_base = 0
         """How many orders have been dropped from the front of the log."""
 
@@ -63,11 +69,23 @@ class Roster:
     def boot_id(self, rank: int) -> bytes:
         return self._boot_ids[rank]
 
-    def order(self, kind: int, *fields: bytes | str | int) -> tuple[int, bytes]:
-        """Number an order and keep it; return its number and what is to be broadcast."""
+    def order(
+        self, kind: int, *fields: bytes | str | int, ranks: Collection[int] | None = None
+    ) -> tuple[int, bytes]:
+        """Number an order to all, or to *ranks*, and keep it; return number and payload."""
         number = self._log_base + len(self._log) + 1
-        payload = frames.pack(number, kind, *fields)
-        self._log.append(payload)
+        before = f"{self._last_to_all}"
+        for rank, last in self._unheard.items():
+            before += f" {rank} {last}"
+        payload = frames.pack(number, before, kind, *fields)
+        self._log.append((payload, ranks))
+        if ranks is None:
+            self._last_to_all = number
+            self._unheard.clear()
+        else:
+            for rank in ranks:
+                if self.states[rank] is not State.FAILED:
+                    self._unheard[rank] = number
         if len(self._log) % _TRIM_COUNT == 0:
             self._trim()
         return number, payload
@@ -85,9 +103,11 @@ class Roster:
         self._incarnations[rank] = incarnation
         self._boot_ids[rank] = boot_id
         self.parents[rank] = frames.number(parent)
-        self._applied[rank] = obeyed = frames.number(applied)
+        obeyed = frames.number(applied)
+        self._has_obeyed(rank, obeyed)
         answer = frames.pack(incarnation, self._received[rank])
-        return True, answer, self._log[max(0, obeyed - self._log_base) :]
+        later = self._log[max(0, obeyed - self._log_base) :]
+        return True, answer, [order for order, ranks in later if ranks is None or rank in ranks]
 
     def event(self, rank: int, payload: bytes) -> Event | None:
         """Return kind and fields of an event that is news."""
@@ -98,7 +118,7 @@ class Roster:
         if number != self._received[rank] + 1 or self.states[rank] is State.FAILED:
             return None
         self._received[rank] = number
-        self._applied[rank] = frames.number(fields[1])
+        self._has_obeyed(rank, frames.number(fields[1]))
         self._unacked[rank] += EVENT_COST + len(payload)
         kind = frames.number(fields[2])
         if _FIELD_COUNTS.get(kind) != len(fields) - 3:
@@ -140,19 +160,22 @@ class Roster:
     def fail(self, rank: int) -> None:
         """Give a node up: it is refused from now on."""
         self.states[rank] = State.FAILED
+        self._unheard.pop(rank, None)
 
     def in_state(self, state: State) -> Iterable[int]:
         return (rank for rank, one in enumerate(self.states) if one is state)
 
+    def _has_obeyed(self, rank: int, number: int) -> None:
+        self._applied[rank] = number
+        if self._unheard and self._unheard.get(rank, number + 1) <= number:
+            del self._unheard[rank]
+
     def _trim(self) -> None:
-        needed = min(
-            (
-                applied
-                for applied, state in zip(self._applied, self.states, strict=True)
-                if state is not State.FAILED
-            ),
-            default=self._log_base + len(self._log),
-        )
+        needed = self._log_base + len(self._log)
+        for rank, applied in enumerate(self._applied):
+            last = self._unheard.get(rank, self._last_to_all)
+            if applied < last and self.states[rank] is not State.FAILED:
+                needed = min(needed, applied)
         if needed > self._log_base:
             del self._log[: needed - self._log_base]
             self._log_base = needed

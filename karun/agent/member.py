@@ -4,7 +4,8 @@ Connections break and relays die; this session does not.  Orders that come down 
 the whole run, events that go up are numbered for this node:
 
   * an order is obeyed once, in its turn: one that was obeyed is passed over, one that comes too
-    early is passed over too, because the head sends all that are missing after each `attach`;
+    early is passed over too, because the head sends all that are missing after each `attach`.  Not
+    all are for all, so each says which one must have been obeyed before;
   * an event is kept until the head has said that it has it (`ack`, `welcome`), and sent again
     after an `attach`;
   * nothing is obeyed before the head has welcomed this very incarnation, so that of two agents
@@ -68,10 +69,19 @@ class Member:
             return None
         fields = frames.unpack(payload)
         sequence = frames.number(fields[0])
-        if sequence != self.applied + 1:
+        before = self._before(fields[1])
+        if not before <= self.applied < sequence:
             return None
         self.applied = sequence
-        return sequence, frames.number(fields[1]), fields[2:]
+        return sequence, frames.number(fields[2]), fields[3:]
+
+    def _before(self, field: bytes) -> int:
+        """Return the order before: the last one to all, or to this node alone, if it is named."""
+        before, *others = field.split(b" ")
+        for rank, last in zip(others[::2], others[1::2], strict=False):
+            if frames.number(rank) == self.rank:
+                before = last
+        return frames.number(before)
 
     def event(self, kind: int, *parts: bytes | str | int) -> bytes | None:
         """Keep an event; return what is to be sent now, if anything may be."""

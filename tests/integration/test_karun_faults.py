@@ -231,6 +231,37 @@ async def test_connections_can_be_cut_while_nodes_write(tmp_path: Path) -> None:
         assert sink.outputs[rank, 1].decode() == expected
 
 
+async def test_commands_for_some_and_for_all_run_once_while_connections_are_cut() -> None:
+    """What is ordered of a few goes to them alone, through relays too; others miss nothing."""
+    count = 9
+    limits = Limits(tree=ALWAYS, window=2, ping_s=0.5, reattach_s=6.0)
+    async with Run([f"n{number}" for number in range(count)], "local", limits=limits) as run:
+        hub = run.engine._hub
+
+        async def cut() -> None:
+            while True:
+                await trio.sleep(0.1)
+                for channel in list(hub.children):
+                    channel.close("cut")
+                    await trio.sleep(0.05)
+
+        async def check(turn: int, ranks: list[int]) -> None:
+            sink = Collect()
+            word = f"{turn}\n".encode()
+            results = await run.command(["cat"], sink=sink, ranks=ranks, stdin=word)
+            assert [one.exit_code for one in results] == [0] * len(ranks)
+            assert sink.outputs == {(rank, 1): word for rank in ranks}
+
+        async with trio.open_nursery() as cutting:
+            cutting.start_soon(cut)
+            async with trio.open_nursery() as nursery:
+                for turn in range(60):
+                    alone = [[turn % count], [0, 8], list(range(count))][turn % 3]
+                    nursery.start_soon(check, turn, alone)
+                    await trio.sleep(0.03)
+            cutting.cancel_scope.cancel()
+
+
 async def test_nodes_end_their_commands_when_the_head_is_gone_for_good(tmp_path: Path) -> None:
     results: list[Outcome] = []
     limits = Limits(tree=ALWAYS, window=2, ping_s=1.0, reattach_s=2.0)

@@ -14,6 +14,7 @@ import trio
 
 from common.errors import Code, KaError
 from karun.api import Run
+from karun.engine import Limits
 from karun.orders import Command
 from tests.support.karun import Collect
 from tests.support.volumes import until
@@ -156,6 +157,25 @@ async def test_commands_on_some_nodes_touch_no_others() -> None:
         outcomes = await run.command(["true"], sink=sink, ranks=[3, 17])
     assert [outcome.rank for outcome in outcomes] == [3, 17]
     assert set(sink.told) == {3, 17}
+
+
+async def test_commands_for_a_few_nodes_do_not_wake_the_others() -> None:
+    sink = Collect()
+    async with Run(names(8), "local", limits=Limits(ping_s=60.0)) as run:
+        await run.command(["sh", "-c", "echo $PPID"], sink=sink)
+        idle = int(sink.outputs[7, 1])
+        before = wakes(idle)
+        for _ in range(20):
+            await run.command(["true"], ranks=[0, 1])
+        assert wakes(idle) == before
+        (*_, last) = await run.command(["true"])
+        assert last.exit_code == 0
+
+
+def wakes(pid: int) -> int:
+    """Return how often a process has waited for something."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 
 
 async def test_leaving_a_run_ends_its_processes(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ counts once and in turn.
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,21 +20,31 @@ Way = list[tuple[str, bytes]]
 
 
 class World:
-    """One node, the head, and what is under way between them."""
+    """One node of two, the head, and what is under way between them."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.roster = Roster(1)
+        self.roster = Roster(2)
         self.member = Member(0, b"incarn01")
         self.down: Way = []
         self.up: Way = [("attach", self.member.attach(frames.HEAD, b""))]
+        self.ordered: list[int] = []
         self.obeyed: list[int] = []
         self.heard: list[int] = []
         self.told = 0
 
-    def order(self) -> None:
-        _number, payload = self.roster.order(frames.COMMAND, "x")
-        self.down.append(("order", payload))
+    def order(self, ranks: Collection[int] | None = None) -> None:
+        number, payload = self.roster.order(frames.COMMAND, "x", ranks=ranks)
+        self.ordered.append(number)
+        # One to a node alone goes where its way led last; that may be another way by now.
+        if ranks is None or self.rng.random() < 0.9:
+            self.down.append(("order", payload))
+
+    def order_it(self) -> None:
+        self.order([0])
+
+    def order_the_other(self) -> None:
+        self.roster.order(frames.COMMAND, "x", ranks=[1])
 
     def tell(self) -> None:
         self.told += 1
@@ -80,7 +91,10 @@ class World:
                     self.down.append(("ack", ack))
 
 
-STEPS = ("order", "tell", "breaks", "repeats", *("deliver_down", "deliver_up") * 3)
+STEPS = (
+    "order", "order_it", "order_the_other", "tell", "breaks", "repeats",
+    *("deliver_down", "deliver_up") * 3,
+)  # fmt: skip
 
 
 @given(st.lists(st.sampled_from(STEPS), max_size=120), st.integers(0, 2**32))
@@ -92,7 +106,7 @@ def test_orders_and_events_count_once_and_in_turn(steps: list[str], seed: int) -
     while world.up or world.down:
         world.deliver_up()
         world.deliver_down()
-    assert world.obeyed == list(range(1, steps.count("order") + 1))
+    assert world.obeyed == world.ordered
     assert world.heard == list(range(1, world.told + 1))
 
 
@@ -164,3 +178,30 @@ def test_orders_that_all_have_obeyed_are_forgotten() -> None:
         assert event is not None
         roster.event(0, event)
     assert len(roster._log) < 130
+
+
+def test_orders_to_others_are_neither_sent_to_a_node_nor_kept_for_it() -> None:
+    roster = Roster(2)
+    idle, busy = Member(0, b"idle"), Member(1, b"busy")
+    for member in idle, busy:
+        member.welcome(roster.attach(member.rank, member.attach(frames.HEAD, b""))[1])
+    for number in range(500):
+        order = busy.order(roster.order(frames.COMMAND, bytes(1000), ranks=[1])[1])
+        assert order is not None
+        event = busy.event(frames.EXITED, number, 0, 0)
+        assert event is not None
+        roster.event(1, event)
+    assert len(roster._log) < 130
+    _number, to_all = roster.order(frames.COMMAND)
+    assert roster.attach(0, idle.attach(frames.HEAD, b""))[2] == [to_all]
+
+
+def test_what_is_ordered_of_a_node_alone_is_kept_until_it_has_obeyed() -> None:
+    roster = Roster(2)
+    away = Member(0, b"away")
+    roster.attach(0, away.attach(frames.HEAD, b""))
+    own = roster.order(frames.COMMAND, ranks=[0])[1]
+    for _ in range(200):
+        roster.order(frames.COMMAND, ranks=[1])
+    roster.fail(1)
+    assert roster.attach(0, away.attach(frames.HEAD, b""))[2] == [own]
