@@ -20,9 +20,9 @@ def main() -> None:
         from karun import client
 
         os._exit(client.main(words[2], words[3:]))  # nothing is left to be written, or ended
-    from karun import cli
+    from common.starting import command
 
-    cli.main()
+    command("karun.cli")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 """`python -m nfsp` is `nfsp`."""
 
-from nfsp.cli import main
+from common.starting import command
 
-main()
+command("nfsp.cli")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +72,40 @@ def test_a_reader_that_has_seen_enough_is_no_failure_to_be_told() -> None:
         tool.stdout.close()
         assert tool.stderr.read() == b""
         assert tool.wait() == 1
+
+
+SLOW = """
+import sys, time
+
+def wait():
+    print("here", flush=True)
+    time.sleep(60)
+
+def main():
+    try:
+        wait()
+    except KeyboardInterrupt:
+        sys.exit(7)
+
+if sys.argv[1] == "load":
+    wait()
+"""
+
+
+@pytest.mark.parametrize(("moment", "code"), [("load", -signal.SIGINT), ("run", 7)])
+def test_an_interrupt_leaves_no_traceback_even_while_the_command_line_loads(
+    moment: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from common.starting import command;"
+        "command('slow')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, moment], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == b""
+    assert process.returncode == code
