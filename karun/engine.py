@@ -44,7 +44,10 @@ BACK_MARGIN_S = 2.0
 SOUGHT_S = 1.0
 """And so long again while some are coming back; QUEUED_S at most, with the time that it slept."""
 FEW_PART = 4
-"""An order for at most one node in so many goes to these alone; else it is sent to all."""
+"""An order to some nodes goes to these alone if they are one, or at most a part of the head's own
+children, to which an order to all goes: else the tree carries it with less from here."""
+UNHEARD_COUNT_MAX = 1000
+"""And if no more nodes have one of their own to obey, since each order names these."""
 SLEPT_S = 0.1
 """So much of sleep does not count."""
 
@@ -146,7 +149,7 @@ class Engine:
         chosen = list(range(self.roster.size) if ranks is None else ranks)
         kind = frames.COMMAND if place is None else frames.RANK
         members = frozenset(chosen)
-        audience = members if len(members) * FEW_PART <= self.roster.size else None
+        audience = members if self._are_few(members) else None
         whoever_hears = audience is not None or len(members) == self.roster.size
         fields = (*(place or ()), *invocation.fields(), b"" if whoever_hears else _bits(chosen))
         number = self._order(kind, *fields, audience=audience)
@@ -216,6 +219,10 @@ class Engine:
             for rank in audience:  # to whom there is no way it goes when they attach
                 self._hub.send(rank, frames.ORDER, payload)
         return number
+
+    def _are_few(self, ranks: Collection[int]) -> bool:
+        few_count = max(1, len(self._hub.children) // FEW_PART)
+        return len(ranks) <= few_count and self.roster.unheard_count <= UNHEARD_COUNT_MAX
 
     def _known(self, field: bytes) -> int:
         rank = frames.number(field)

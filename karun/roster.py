@@ -66,6 +66,11 @@ class Roster:
     def size(self) -> int:
         return len(self.states)
 
+    @property
+    def unheard_count(self) -> int:
+        """How many nodes an order names that have one of their own to obey."""
+        return len(self._unheard)
+
     def boot_id(self, rank: int) -> bytes:
         return self._boot_ids[rank]
 

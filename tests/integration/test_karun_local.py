@@ -13,9 +13,11 @@ import pytest
 import trio
 
 from common.errors import Code, KaError
+from karun import engine
+from karun.agent.setup import ALWAYS
 from karun.api import Run
 from karun.engine import Limits
-from karun.orders import Command
+from karun.orders import Command, Invocation
 from tests.support.karun import Collect
 from tests.support.volumes import until
 
@@ -176,6 +178,28 @@ def wakes(pid: int) -> int:
     """Return how often a process has waited for something."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+
+async def test_orders_to_single_nodes_that_say_nothing_become_one_to_all_before_they_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "UNHEARD_COUNT_MAX", 2)
+    unheard: list[int] = []
+    async with Run(names(8), "local") as run:
+        for rank in range(8):
+            run.engine.command(Invocation(["sleep", "60"]), Collect(), ranks=[rank])
+            unheard.append(run.engine.roster.unheard_count)
+    assert unheard == [1, 2, 3, 0, 1, 2, 3, 0]
+
+
+async def test_what_many_are_to_do_is_sent_by_the_tree_and_not_to_each_from_the_head() -> None:
+    async with Run(names(9), "local", limits=Limits(tree=ALWAYS, window=2)) as run:
+        await run.launched()
+        assert len(run.engine._hub.children) < 8
+        for ranks, are_alone in ([8], True), ([1, 2, 3], False):
+            await run.command(["true"], ranks=ranks)
+            audience = run.engine.roster._log[-1][1]
+            assert audience == (set(ranks) if are_alone else None)
 
 
 async def test_leaving_a_run_ends_its_processes(tmp_path: Path) -> None:
