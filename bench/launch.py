@@ -96,63 +96,79 @@ def measure(name: str, count: int, window: int) -> Sample:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         command = commands(addresses(count), sshd.config, window)[name]
-        start_s = time.monotonic()
-        done = run(command, sshd)
-        wall_s = time.monotonic() - start_s
+        environment = os.environ | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd.config}"}
+        code, wall_s = timed(command, environment)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Sample(wall_s, cpu_s, done.returncode == 0)
+    return Sample(wall_s, cpu_s, code == 0)
 
 
-def run(command: Sequence[str], sshd: Sshd) -> subprocess.CompletedProcess[bytes]:
-    """Run a system's command, the ssh configuration given as pdsh wants it as well."""
-    environment = os.environ | {"PDSH_SSH_ARGS_APPEND": f"-F {sshd.config}"}
-    return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, timeout=LIMIT_S, check=False,
-    )  # fmt: skip
+def timed(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, float]:
+    """Run a command; return its exit code and the seconds to its end.
+
+    Its end is waited for here: subprocess, given a time limit, looks for it every 50 ms only.
+    """
+    null = subprocess.DEVNULL
+    start_s = time.monotonic()
+    with subprocess.Popen(
+        command, env=environment, stdin=null, stdout=null, stderr=null
+    ) as process:
+        fd = os.pidfd_open(process.pid)
+        try:
+            if not select.select([fd], [], [], LIMIT_S)[0]:
+                process.kill()
+            return process.wait(), time.monotonic() - start_s
+        finally:
+            os.close(fd)
 
 
 def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]]:
-    """Return wall times of commands in a session, the client's own start included.
+    """Return wall times of commands in sessions, over ssh and direct, the client's start included.
 
     And what they are made of: the same on one node, without that start, the commands alone, and the
     commands in shells that stand at the end of ssh connections, without anything of karun
     (`Shells`).
     """
+    times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
-        environment = os.environ | {"XDG_RUNTIME_DIR": place}
         nodes = addresses(count)
-        start = [
-            "session", "start", "-w", ",".join(nodes),
-            "--ssh-config", str(sshd.config), "-f", str(window),
-        ]  # fmt: skip
-        subprocess.run(
-            [KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S
-        )
-        run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
-        times: dict[str, list[float]] = {}
-        try:
-            with Shells(nodes, sshd.config, window) as shells:
-                for _ in range(runs):
-                    times.setdefault("shells behind ssh, without karun", []).append(shells.run())
+        with Shells(nodes, sshd.config, window) as shells:
+            times["shells behind ssh, without karun"] = [shells.run() for _ in range(runs)]
+        times["commands alone"] = [bare_commands(count) for _ in range(runs)]
+        for kind in ("", "--direct"):
+            for name, took_s in in_session(kind, nodes, sshd, window, runs).items():
+                times[f"{name} {kind}".strip()] = took_s
+    return times
+
+
+def in_session(
+    kind: str, nodes: Sequence[str], sshd: Sshd, window: int, runs: int
+) -> dict[str, list[float]]:
+    """Return wall times of commands in one session; *kind*: an option of its start, or none."""
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(sshd.config.parent)}
+    start = [
+        "session", "start", *kind.split(), "-w", ",".join(nodes),
+        "--ssh-config", str(sshd.config), "-f", str(window),
+    ]  # fmt: skip
+    subprocess.run(
+        [KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S
+    )
+    run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
+    times: dict[str, list[float]] = {}
+    try:
+        for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
             for _ in range(runs):
-                for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
-                    start_s = time.monotonic()
-                    subprocess.run(
-                        [*run, *more, "--", "true"], env=environment, check=True, timeout=LIMIT_S
-                    )
-                    times.setdefault(name, []).append(time.monotonic() - start_s)
-                times.setdefault("commands alone", []).append(bare_commands(count))
-            told = subprocess.run(
-                [sys.executable, "-c", PROGRAM, str(runs)],
-                env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S,
-            ).stdout  # fmt: skip
-            times["all nodes, from a program"] = [float(took_s) for took_s in told.split()]
-        finally:
-            subprocess.run(
-                [KARUN, "session", "stop"], env=environment, check=False, timeout=LIMIT_S
-            )
+                code, took_s = timed([*run, *more, "--", "true"], environment)
+                if code:
+                    raise KaError(Code.UNREACHABLE, f"a command in a session ended with {code}")
+                times.setdefault(name, []).append(took_s)
+        told = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(runs)],
+            env=environment, check=True, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S,
+        ).stdout  # fmt: skip
+        times["all nodes, from a program"] = [float(took_s) for took_s in told.split()]
+    finally:
+        subprocess.run([KARUN, "session", "stop"], env=environment, check=False, timeout=LIMIT_S)
     return times
 
 

@@ -37,6 +37,8 @@ __all__ = [
     "Step", "connector",
 ]  # fmt: skip
 
+MOVE_S = 2.5
+"""More than a node gives a connection that does not come about."""
 QUIT_S = 3.0
 """What the nodes get to end their processes when the run is left."""
 
@@ -124,6 +126,23 @@ class Run(Crew):
             event = trio.Event()
             engine.launched = event.set
             await event.wait()
+
+    async def move(self) -> list[str]:
+        """Have the nodes leave the connector's ways for TCP connections of their own.
+
+        They skip ssh and sshd then, which is quicker; what is said is protected against changes but
+        can be read on the way.  Call it when all nodes are `launched`; commands may be under way.
+        Returns the nodes that could not, and stay as they are: nobody was added for MOVE_S.
+        """
+        engine = self.engine
+        engine.move()
+        left, since_s = engine.indirect(), trio.current_time()
+        while left and trio.current_time() - since_s < MOVE_S:
+            await trio.sleep(0.02)
+            before, left = left, engine.indirect()
+            if len(left) != len(before):
+                since_s = trio.current_time()
+        return [self.nodes[rank] for rank in left]
 
     async def mpi(
         self, program: Program, *, sink: Sink | None = None

@@ -143,6 +143,8 @@ def session() -> None:
 @session.command(epilog="Example: karun session start --name racks -w @racks")
 @where_options
 @click.option("--name", default=DEFAULT, show_default=True, help="What it is called.")
+@click.option("--direct", is_flag=True,
+              help="Once called, nodes go over to TCP: quicker than ssh, but not encrypted.")
 def start(name: str, **options: Any) -> None:
     """Connect nodes and keep them."""
     where, _rest = split(options)

@@ -170,6 +170,19 @@ class Engine:
         self._worlds[number] = _World(aborted)
         return number
 
+    def move(self) -> None:
+        """Have every node go over to a TCP connection of its own with its parent, if it can.
+
+        To be called when all are launched: what neighbours say to each other about calls could be
+        lost on the way that a node leaves.
+        """
+        self._hub.broadcast(frames.MOVE, b"")
+
+    def indirect(self) -> list[int]:
+        """Return the nodes that are there by way of a connector."""
+        there = self.roster.in_state(State.JOINED)
+        return [rank for rank in there if not self.roster.direct[rank]]
+
     def failure(self, rank: int) -> tuple[str, str] | None:
         """Return stage and reason of a node that is out."""
         return self._failures.get(rank)
@@ -373,7 +386,7 @@ class Engine:
         self._check_launched()
 
     def _check_launched(self) -> None:
-        if not self.launching_count:
+        if State.ABSENT not in self.roster.states:
             self.launched()
 
 

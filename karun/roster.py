@@ -46,6 +46,8 @@ class Roster:
     def __init__(self, size: int) -> None:
         self.states = [State.ABSENT] * size
         self.parents = [frames.HEAD] * size
+        self.direct = [False] * size
+        """Whether each has a connection of its own with its parent, not that of a connector."""
         self.loss_counts = [0] * size
         """How often each has lost its way: a wait for its return is about one loss."""
         self._incarnations = [b""] * size
@@ -98,9 +100,9 @@ class Roster:
     def attach(self, rank: int, payload: bytes) -> tuple[bool, bytes, list[bytes]]:
         """Return whether the node is welcome, what to answer, and the orders that it lacks."""
         fields = frames.unpack(payload)
-        if len(fields) != 4:
+        if len(fields) != 5:
             raise frames.FrameError("not what introduces a node")
-        incarnation, applied, parent, boot_id = fields
+        incarnation, applied, parent, boot_id, direct = fields
         known = self._incarnations[rank]
         if self.states[rank] is State.FAILED or (known and known != incarnation):
             return False, frames.pack(incarnation), []
@@ -108,6 +110,7 @@ class Roster:
         self._incarnations[rank] = incarnation
         self._boot_ids[rank] = boot_id
         self.parents[rank] = frames.number(parent)
+        self.direct[rank] = direct == b"1"
         obeyed = frames.number(applied)
         self._has_obeyed(rank, obeyed)
         answer = frames.pack(incarnation, self._received[rank])

@@ -56,6 +56,8 @@ class Where:
     tree: str
     connect_s: float
     late_s: float = 0.0
+    direct: bool = False
+    """Of a session: nodes leave the connector for TCP connections of their own."""
 
     def names(self) -> list[str]:
         """Return the nodes; raises KaError USAGE."""

@@ -70,6 +70,8 @@ async def _session(name: str, where: Where) -> None:
     listener = socket.socket(socket.AF_UNIX)
     async with where.run(names) as run:
         await run.launched()
+        if where.direct:
+            await run.move()
         gc.collect()
         gc.freeze()  # what is here stays: no collection need look at it again
         _remove(path)
@@ -78,30 +80,34 @@ async def _session(name: str, where: Where) -> None:
         os.umask(mask)
         listener.listen(64)
         try:
-            print(f"ready {_summary(run)}", flush=True)
+            print(f"ready {_summary(run, direct=where.direct)}", flush=True)
             null = os.open("/dev/null", os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
             async with trio.open_nursery() as nursery:
-                server = _Server(run, nursery.cancel_scope)
+                server = _Server(run, nursery.cancel_scope, is_direct=where.direct)
                 sockets = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
                 await trio.serve_listeners(server.serve, [sockets], handler_nursery=nursery)
         finally:
             _remove(path)
 
 
-def _summary(run: Run) -> str:
+def _summary(run: Run, *, direct: bool) -> str:
     states = run.engine.roster.states
     out = [run.nodes[rank] for rank, state in enumerate(states) if state is State.FAILED]
-    lost = f"; out: {nodeset.fold(out)}" if out else ""
-    return f"{len(states) - len(out)} nodes, pid {os.getpid()}{lost}"
+    indirect = [run.nodes[rank] for rank in run.engine.indirect()] if direct else []
+    more = f"; out: {nodeset.fold(out)}" if out else ""
+    if indirect:
+        more += f"; no TCP way here, still by {run.via}: {nodeset.fold(indirect)}"
+    return f"{len(states) - len(out)} nodes{', direct' * direct}, pid {os.getpid()}{more}"
 
 
 class _Server:
     """Serves clients."""
 
-    def __init__(self, run: Run, scope: trio.CancelScope) -> None:
+    def __init__(self, run: Run, scope: trio.CancelScope, *, is_direct: bool) -> None:
         self._run = run
+        self._is_direct = is_direct
         self._scope = scope
         self._full: set[_Wire] = set()
 
@@ -124,9 +130,8 @@ class _Server:
         if kind == client.STOP:
             self._scope.cancel()
         elif kind == client.INFO:
-            await wire.stream.send_all(
-                frames.encode(client.INFO, 0, frames.pack(_summary(self._run)))
-            )
+            summary = _summary(self._run, direct=self._is_direct)
+            await wire.stream.send_all(frames.encode(client.INFO, 0, frames.pack(summary)))
         elif kind == joint.JOIN:
             await self._join(wire, payload)
         elif kind == client.RUN:

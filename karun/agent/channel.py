@@ -17,6 +17,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from .proof import Seal
+
 READ_SIZE = 64 << 10
 """What a pipe holds.  A buffer of 128 KiB is more than the C library keeps when it is freed: two
 page faults at each read."""
@@ -32,8 +34,8 @@ class Channel:
     """Frames to and from one neighbour."""
 
     __slots__ = (
-        "_decoder", "_held", "_held_size", "_loop", "_paused", "_read_fd", "_write_fd", "closed",
-        "drained", "frame", "heard", "open", "peer", "sent",
+        "_decoder", "_held", "_held_size", "_loop", "_paused", "_read_fd", "_seal", "_write_fd",
+        "closed", "drained", "frame", "heard", "open", "peer", "sent",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +49,7 @@ class Channel:
         self._held: list[bytes] = []
         self._held_size = 0
         self._paused = False
+        self._seal: Seal | None = None
         self.open = True
         self.peer = frames.HEAD
         """The neighbour's rank."""
@@ -73,9 +76,15 @@ class Channel:
     def paused(self) -> bool:
         return self._paused
 
-    def trust(self) -> None:
-        """Take frames of every size from now on."""
+    def trust(self, *, sent: Seal, heard: Seal) -> None:
+        """Both have proved themselves: from now on frames are sealed, and of every size."""
+        self._seal, self._decoder.seal = sent, heard
         self._decoder.size_max = frames.FRAME_SIZE_MAX
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the neighbours are connected by TCP, not by what called the lower one."""
+        return self._seal is not None
 
     @property
     def held_size(self) -> int:
@@ -87,6 +96,8 @@ class Channel:
     def send_raw(self, data: bytes) -> None:
         if not self.open:
             return
+        if self._seal is not None:
+            data += self._seal.tag(data)
         if self._held:
             self._held.append(data)
             self._held_size += len(data)

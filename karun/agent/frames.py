@@ -9,7 +9,8 @@ docs/karun.md#the-wire.
 
 Invariants
   * a frame longer than FRAME_SIZE_MAX is an error before its payload is held;
-  * `Decoder` gives whole frames only, whatever pieces the bytes come in.
+  * `Decoder` gives whole frames only, whatever pieces the bytes come in, and once they are sealed
+    only those whose tag is right.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from .proof import Seal
+
 HEADER = Struct("<IBI")
 _U32 = Struct("<I")
 FRAME_SIZE_MAX = 4 << 20
 """An archive of some 10 KiB, a batch of nodes or 64 KiB of output: all far below."""
+
+TAG_SIZE = 16
+"""What follows a frame where frames are sealed (karun/agent/proof.py)."""
 
 ALL = 0xFFFFFFFF
 HEAD = 0xFFFFFFFE
@@ -39,6 +45,7 @@ RESYNC = 6
 CALL = 7
 QUIT = 8
 RECALL = 9
+MOVE = 10
 # Up: child to parent.
 ATTACH = 16
 EVENT = 17
@@ -121,11 +128,13 @@ def number(field: bytes) -> int:
 class Decoder:
     """Bytes in, frames out: (kind, rank, payload)."""
 
-    __slots__ = ("_buffer", "size_max")
+    __slots__ = ("_buffer", "seal", "size_max")
 
     def __init__(self, size_max: int = FRAME_SIZE_MAX) -> None:
         self._buffer = bytearray()
         self.size_max = size_max
+        self.seal: Seal | None = None
+        """Of all frames from now on."""
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
         """Take bytes; yield the frames they complete; raises FrameError."""
@@ -137,11 +146,18 @@ class Decoder:
                 size, kind, rank = HEADER.unpack_from(buffer, at)
                 if size > self.size_max:
                     raise FrameError(f"a frame of {size} bytes")
-                if len(buffer) - at - 9 < size:
+                end = at + 9 + size
+                if self.seal is not None:
+                    if len(buffer) < end + TAG_SIZE:
+                        break
+                    tag = bytes(buffer[end : end + TAG_SIZE])
+                    if not self.seal.fits(bytes(buffer[at:end]), tag):
+                        raise FrameError("a wrong tag")
+                    end += TAG_SIZE
+                elif len(buffer) < end:
                     break
-                at += 9
-                payload = bytes(buffer[at : at + size])
-                at += size
+                payload = bytes(buffer[at + 9 : at + 9 + size])
+                at = end
                 yield kind, rank, payload
         finally:
             del buffer[:at]

@@ -10,7 +10,15 @@ Invariants
 from __future__ import annotations
 
 import os
-from _socket import AF_INET, AF_INET6, IPPROTO_IPV6, IPV6_V6ONLY, SOCK_STREAM
+from _socket import (
+    AF_INET,
+    AF_INET6,
+    IPPROTO_IPV6,
+    IPPROTO_TCP,
+    IPV6_V6ONLY,
+    SOCK_STREAM,
+    TCP_NODELAY,
+)
 from _socket import socket as Socket
 
 from . import frames, proof
@@ -156,7 +164,7 @@ class Hub:
 
     def _can_call(self, payload: bytes) -> bool:
         """Whether a node would make the launch quicker: not if it shares this machine."""
-        return self._forced or frames.unpack(payload)[3:] != [self._boot_id]
+        return self._forced or frames.unpack(payload)[3] != self._boot_id
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)
@@ -194,13 +202,14 @@ class Hub:
         """How long this process did not get round to its timers, all in all."""
         return self._slept_s + max(0.0, self._loop.now - self._next_tick)
 
-    # Those who come back.
+    # Those who come back, or over to a connection of their own.
 
     def _listen(self) -> None:
-        """Open the door for children of lost children, before the first child is set up."""
+        """Open the door, for children of lost children too, before the first child is set up."""
         if self._listener is not None:
             return
         self._listener = listener = _listener(self._local)
+        listener.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)  # for all that it lets in
         listener.listen(QUEUE_LENGTH)
         listener.setblocking(False)
         self._open()
@@ -263,13 +272,14 @@ class Hub:
             channel.close("did not prove itself")
             return
         self._leave(channel)
-        channel.trust()
         channel.peer = rank
         channel.frame, channel.closed = self._frame, self._closed
         self.children.add(channel)
         self._arrived.add(channel)
         answer = proof.accept(token, self._setup.rank, rank, nonce, theirs)
         channel.send(frames.ACCEPT, rank, answer)
+        down, up = proof.seals(token, rank, nonce, theirs)
+        channel.trust(sent=down, heard=up)
         if self._paused:
             channel.pause(True)
 

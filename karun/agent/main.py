@@ -27,7 +27,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .hub import Hub
     from .loop import Timer
-    from .rejoin import Rejoin
+    from .rejoin import Dial, Rejoin
     from .world import Worlds
 
 SETUP_S = 60.0
@@ -70,6 +70,10 @@ class Agent:
         """Of commands; they add to it."""
         self._worlds: Worlds | None = None
         self._rejoin: Rejoin | None = None
+        self._move: Dial | None = None
+        """Asks the parent for a connection of this node's own, while there is a way."""
+        self._former: Channel | None = None
+        """The way up from before the move, until the head knows of the new one."""
         self._patience: Timer | None = None
         """Runs out when the way back has been looked for long enough."""
         self._ending = False
@@ -102,9 +106,10 @@ class Agent:
     def _attach(self) -> None:
         assert self._setup is not None
         assert self._up is not None
-        self._up.send(
-            frames.ATTACH, self._setup.rank, self._member.attach(self._setup.parent, boot_id())
+        introduction = self._member.attach(
+            self._setup.parent, boot_id(), direct=self._up.is_direct
         )
+        self._up.send(frames.ATTACH, self._setup.rank, introduction)
         if self._worlds is not None:
             self._worlds.again()
 
@@ -165,7 +170,14 @@ class Agent:
         self._next_tick = now + ping_s
         self.loop.at(ping_s, self._tick)
 
-    def _parent_lost(self, _channel: Channel, reason: str) -> None:
+    def _parent_lost(self, channel: Channel, reason: str) -> None:
+        if channel is self._former:
+            self._former = None
+            return
+        self._leave_former()
+        if self._move is not None:
+            self._move.stop()
+            self._move = None
         self._up = None
         if self._setup is None or self._ending:
             os._exit(0)
@@ -201,6 +213,32 @@ class Agent:
             self._hub.broadcast(frames.RESYNC, b"")
         self._attach()
 
+    # Over to a connection of this node's own, away from what called it.
+
+    def _begin_move(self) -> None:
+        if self._up is None or self._up.is_direct or self._move is not None:
+            return
+        from .rejoin import Dial
+
+        assert self._setup is not None
+        self._move = Dial(self.loop, self._setup, 0, self._moved, self._stays)
+        self._move.start()
+
+    def _moved(self, channel: Channel, rank: int) -> None:
+        self._move = None
+        self._former = self._up
+        self._parent_found(channel, rank, 0)
+
+    def _stays(self, _turned_away: bool) -> None:
+        """The parent cannot be reached: the way that there is remains."""
+        self._move = None
+
+    def _leave_former(self) -> None:
+        former, self._former = self._former, None
+        if former is not None:
+            former.closed = lambda _channel, _reason: None
+            former.close("moved")
+
     # Down.
 
     def _from_above(self, _channel: Channel, kind: int, rank: int, payload: bytes) -> None:
@@ -226,11 +264,14 @@ class Agent:
             member.ack(frames.number(frames.unpack(payload)[0]))
             self._pace()
         elif kind == frames.WELCOME:
+            self._leave_former()
             for event in member.welcome(payload):
                 self._send_up(frames.EVENT, member.rank, event)
             self._pace()
         elif kind == frames.RESYNC:
             self._attach()
+        elif kind == frames.MOVE:
+            self._begin_move()
         elif kind == frames.CALL:
             self._call(payload)
         elif kind == frames.RECALL and self._hub is not None:
@@ -368,8 +409,9 @@ class Agent:
         self._ending = True
         for process in list(self._processes.values()):
             process.signal(SIGKILL)
-        if self._rejoin is not None:
-            self._rejoin.stop()
+        for search in (self._rejoin, self._move):
+            if search is not None:
+                search.stop()
         if self._hub is None:
             os._exit(0)
         self._hub.broadcast(frames.QUIT, b"")

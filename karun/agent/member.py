@@ -45,10 +45,11 @@ class Member:
     def full(self) -> bool:
         return self._kept_size >= WINDOW_SIZE
 
-    def attach(self, parent: int, boot_id: bytes) -> bytes:
-        """Return what introduces this node, over a new way; nothing is told until welcomed."""
+    def attach(self, parent: int, boot_id: bytes, *, direct: bool = False) -> bytes:
+        """Return what introduces this node, over a new way (*direct*: a connection of its own);
+        nothing is told until welcomed."""
         self.joined = False
-        return frames.pack(self.incarnation, self.applied, parent, boot_id)
+        return frames.pack(self.incarnation, self.applied, parent, boot_id, int(direct))
 
     def welcome(self, payload: bytes) -> list[bytes]:
         """Take the head's answer; return the events that it lacks."""

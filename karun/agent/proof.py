@@ -1,22 +1,48 @@
-"""How a node that lost its way to the head proves itself to an ancestor, and the other way round.
+"""How a node and an ancestor prove themselves over TCP, and what protects all they say after it.
 
     node                                       ancestor
                                             <- CHALLENGE(nonce)
     PROVE(own nonce, MAC("node"))            ->
                                             <- ACCEPT(rank, MAC("ancestor"))
 
-The MACs are HMAC-SHA-256 under the run's token over both nonces and the node's rank.  The token
-came down the connector's own (encrypted) channel.  The ancestor proves itself only to who has
-proved itself.  hmac is imported when somebody has lost their way, not before.
+The MACs are keyed BLAKE2b (RFC 7693) under the run's token over both nonces and the node's rank.
+The token came down the connector's own (encrypted) channel.  The ancestor proves itself only to who
+has proved itself.  Every frame after that carries a tag (`Seal`), so who sits on the way can read
+what is said and can cut the connection, but cannot put in a word, change, drop or repeat one.
 """
 
 from __future__ import annotations
+
+from _blake2 import blake2b
+from _operator import _compare_digest as is_equal
 
 from . import frames
 
 NONCE_SIZE = 16
 UNPROVED_SIZE_MAX = 256
 """All that a stranger can make us hold."""
+MAC_SIZE = 32
+
+
+class Seal:
+    """Tags of one direction of one connection: each is of a frame and of its number."""
+
+    __slots__ = ("_count", "_key")
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._count = 0
+
+    def tag(self, frame: bytes) -> bytes:
+        """Return the tag of the next frame."""
+        self._count += 1
+        mac = blake2b(b"%16x" % self._count, key=self._key, digest_size=frames.TAG_SIZE)
+        mac.update(frame)
+        return mac.digest()
+
+    def fits(self, frame: bytes, tag: bytes) -> bool:
+        """Return whether this is the tag of the next frame."""
+        return bool(is_equal(self.tag(frame), tag))
 
 
 def prove(token: bytes, rank: int, challenge: bytes, nonce: bytes) -> bytes:
@@ -31,7 +57,7 @@ def proved(token: bytes, rank: int, nonce: bytes, payload: bytes) -> bytes | Non
     if len(fields) != 2:
         return None
     theirs, mac = fields
-    return theirs if _equal(mac, _mac(token, b"node", nonce, theirs, rank)) else None
+    return theirs if is_equal(mac, _mac(token, b"node", nonce, theirs, rank)) else None
 
 
 def accept(token: bytes, own_rank: int, rank: int, nonce: bytes, theirs: bytes) -> bytes:
@@ -42,16 +68,15 @@ def accepted(token: bytes, rank: int, challenge: bytes, nonce: bytes, payload: b
     """Return the ancestor's rank if its ACCEPT is right."""
     ancestor, mac = frames.unpack(payload)
     right = _mac(token, b"ancestor", frames.unpack(challenge)[0], nonce, rank)
-    return frames.number(ancestor) if _equal(mac, right) else None
+    return frames.number(ancestor) if is_equal(mac, right) else None
+
+
+def seals(token: bytes, rank: int, ancestors: bytes, nodes: bytes) -> tuple[Seal, Seal]:
+    """Return what seals frames that go down, and those that go up; of both their nonces."""
+    down, up = (_mac(token, way, ancestors, nodes, rank) for way in (b"down", b"up"))
+    return Seal(down), Seal(up)
 
 
 def _mac(token: bytes, who: bytes, first: bytes, second: bytes, rank: int) -> bytes:
-    import hmac
-
-    return hmac.digest(token, frames.pack(who, first, second, rank), "sha256")
-
-
-def _equal(left: bytes, right: bytes) -> bool:
-    import hmac
-
-    return hmac.compare_digest(left, right)
+    said = frames.pack(who, first, second, rank)
+    return blake2b(said, key=token, digest_size=MAC_SIZE).digest()

@@ -173,6 +173,44 @@ async def test_all_connections_of_the_head_can_be_cut(tmp_path: Path) -> None:
     check(results, the.sink, set())
 
 
+async def test_nodes_that_move_in_the_middle_of_a_run_lose_and_repeat_nothing(
+    tmp_path: Path,
+) -> None:
+    results: list[Outcome] = []
+    async with scene(tmp_path, results) as the:
+        parents = list(the.run.engine.roster.parents)
+        assert await the.run.move() == []
+        assert the.run.engine.roster.parents == parents
+        await until(lambda: len(the.run.engine._hub.children) == parents.count(HEAD),
+                    "the former ways to be left")  # fmt: skip
+    check(results, the.sink, set())
+
+
+async def test_a_relay_that_dies_while_nodes_move_costs_itself_only(tmp_path: Path) -> None:
+    results: list[Outcome] = []
+    async with scene(tmp_path, results) as the:
+        rank = the.relay()
+        below = the.below(rank)
+        the.run.engine.move()
+        os.kill(the.agent(rank), signal.SIGKILL)
+        await until(attached_elsewhere(the, below, rank), "the orphans to come back")
+    check(results, the.sink, {rank})
+
+
+async def test_connections_that_are_cut_while_nodes_move_cost_nothing(tmp_path: Path) -> None:
+    """The former ones, those that have just come, or both."""
+    results: list[Outcome] = []
+    async with scene(tmp_path, results) as the:
+        hub = the.run.engine._hub
+        the.run.engine.move()
+        for _ in range(20):
+            await trio.sleep(0.01)
+            for channel in list(hub.children)[::3]:
+                channel.close("cut")
+        await until(lambda: not the.run.engine.indirect(), "all to have moved")
+    check(results, the.sink, set())
+
+
 async def test_a_head_that_stood_still_has_all_its_nodes_back() -> None:
     """Those that had just been set up too; as when the machine had no time for it."""
     count = 400

@@ -169,13 +169,13 @@ async def test_commands_for_a_few_nodes_do_not_wake_the_others() -> None:
         before = wakes(idle)
         for _ in range(20):
             await run.command(["true"], ranks=[0, 1])
-        assert wakes(idle) == before
+        assert wakes(idle) <= before + 1, "it may have gone to sleep after it was looked at"
         (*_, last) = await run.command(["true"])
         assert last.exit_code == 0
 
 
 def wakes(pid: int) -> int:
-    """Return how often a process has waited for something."""
+    """Return how often a process has begun to wait for something."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
 

@@ -188,3 +188,17 @@ def test_an_interruption_prints_what_was_gathered_and_names_the_rest(karun: Shel
     assert user.returncode == 130
     assert out.splitlines()[-1] == b"out"
     assert err == b"karun: n1: no result\n"
+
+
+def test_a_direct_session_says_so_and_runs_commands_as_others_do(tmp_path: Path) -> None:
+    karun = Shell(tmp_path)
+    words = ["session", "start", "--name", "d", "--direct", "--via", "local", "-w", "n[1-5]"]
+    started = karun(*words)
+    try:
+        assert started.stdout.startswith(b"session d: 5 nodes, direct, pid "), started.stderr
+        assert b";" not in started.stdout, "none is out, none stays"
+        assert karun("session", "list").stdout.startswith(b"d: 5 nodes, direct, pid ")
+        found = karun("run", "--session", "d", "-b", "-S", "--", "sh", "-c", "exit $KARUN_RANK")
+        assert found.returncode == 4
+    finally:
+        assert karun("session", "stop", "d").returncode == 0

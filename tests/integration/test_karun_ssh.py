@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,12 @@ def sshd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
             yield running
     except KaError as error:
         pytest.skip(str(error))
+
+
+def ssh_clients() -> list[int]:
+    """Those that this process has started."""
+    children = map(Path("/proc").joinpath, Path("/proc/thread-self/children").read_text().split())
+    return [int(child.name) for child in children if (child / "comm").read_text() == "ssh\n"]
 
 
 async def run_true(
@@ -52,6 +60,25 @@ async def test_many_nodes_run_a_command_and_tell_their_codes(sshd: Sshd) -> None
     assert [sink.outputs[rank, 1].decode() for rank in range(24)] == [f"{n}\n" for n in nodes]
     assert {outcome.exit_code for outcome in again} == {0}
     assert {second.outputs[rank, 1] for rank in range(24)} == {b"for all"}
+
+
+async def test_nodes_that_have_moved_do_without_ssh(sshd: Sshd) -> None:
+    connector = api.connector("ssh", ssh_config=str(sshd.config), connect_s=60.0)
+    async with Run(addresses(6), connector, limits=Limits(connect_s=60.0)) as run:
+        await run.launched()
+        assert await run.move() == []
+        clients = ssh_clients()
+        assert len(clients) == 6, "they stay: sshd may end what a connection has started with it"
+        for client in clients:
+            os.kill(client, signal.SIGSTOP)
+        try:
+            with trio.fail_after(60):
+                outcomes = await run.command(["cat"], stdin=b"for all", sink=(sink := Collect()))
+        finally:
+            for client in clients:
+                os.kill(client, signal.SIGCONT)
+    assert [outcome.exit_code for outcome in outcomes] == [0] * 6
+    assert {sink.outputs[rank, 1] for rank in range(6)} == {b"for all"}
 
 
 async def test_a_node_that_refuses_costs_itself_only(sshd: Sshd, tmp_path: Path) -> None:

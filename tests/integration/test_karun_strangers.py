@@ -17,7 +17,10 @@ import trio
 import karun
 from karun.agent import frames, proof
 from karun.agent.hub import STRANGERS_MAX, Hub
+from karun.orders import Invocation
+from karun.roster import Roster, State
 from tests.support.karun import Collect
+from tests.support.volumes import until
 
 
 def door(run: karun.Run) -> int:
@@ -49,7 +52,7 @@ def proof_with(token: bytes) -> Callable[[bytes], bytes]:
     "answer",
     [
         proof_with(bytes(32)),
-        lambda _: frames.encode(frames.ATTACH, 0, frames.pack(b"i", 0, 0, b"")),
+        lambda _: frames.encode(frames.ATTACH, 0, frames.pack(b"i", 0, 0, b"", 1)),
         lambda _: frames.encode(frames.EVENT, 0, b"\xff" * 100),
         lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         lambda _: b"\xff" * 4096,
@@ -82,6 +85,23 @@ async def test_who_holds_the_token_is_answered_with_a_proof() -> None:
             ((kind, _, accept),) = decoder.feed(bytes(await stream.receive_some(4096)))
         assert kind == frames.ACCEPT
         assert proof.accepted(token, 0, challenge, nonce, accept) == frames.HEAD
+
+
+async def test_words_put_into_a_connection_are_not_obeyed_and_end_it(tmp_path: Path) -> None:
+    """As somebody on the way would, who has not got the token."""
+    async with karun.Run(["a", "b"], "local") as run:
+        await run.launched()
+        assert await run.move() == []
+        engine, hub = run.engine, run.engine._hub
+        channel = next(one for one in hub.children if one.peer == 0)
+        words = Invocation(("touch", str(tmp_path / "touched"))).fields()
+        _, order = Roster(2).order(frames.COMMAND, *words, b"")
+        os.write(channel._write_fd, frames.encode(frames.ORDER, 0, order))
+        await until(lambda: not channel.open, "the node to hang up")
+        await until(lambda: engine.roster.states[0] is State.JOINED, "the node to come back")
+        outcomes = await run.command(["true"])
+    assert [outcome.exit_code for outcome in outcomes] == [0, 0]
+    assert not (tmp_path / "touched").exists()
 
 
 async def test_many_strangers_do_not_keep_a_run_from_its_work() -> None:
@@ -145,6 +165,8 @@ async def test_a_network_namespace_is_a_node() -> None:
     try:
         sink = Collect()
         async with karun.Run([name], "netns") as run:
+            await run.launched()
+            assert await run.move() == [name], "there is no way by TCP, so it stays"
             await run.command(["readlink", "/proc/self/ns/net"], sink=sink)
     finally:
         await trio.run_process(["ip", "netns", "delete", name])

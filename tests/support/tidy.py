@@ -131,6 +131,7 @@ PURE: frozenset[str] = frozenset(
         "karun/agent/barrier.py",
         "karun/agent/frames.py",
         "karun/agent/member.py",
+        "karun/agent/proof.py",
         "karun/agent/setup.py",
         "karun/connectors.py",
         "karun/copied.py",

@@ -84,6 +84,64 @@ def test_each_side_of_a_proof_convinces_who_holds_the_token_only() -> None:
     assert proof.accepted(token, 5, challenge, ours, frames.pack(2, mac)) is None, "reflected"
 
 
+def sealed(count: int) -> tuple[list[bytes], frames.Decoder]:
+    """Frames as they go down a sealed connection, and who hears them."""
+    ends = [proof.seals(b"t" * 32, 5, b"a" * 16, b"n" * 16)[0] for _ in range(2)]
+    decoder = frames.Decoder()
+    decoder.seal = ends[1]
+    said = [frames.encode(frames.ORDER, 5, b"%d" % number) for number in range(count)]
+    return [frame + ends[0].tag(frame) for frame in said], decoder
+
+
+@given(st.data())
+def test_sealed_frames_come_through_whatever_pieces_they_come_in(data: st.DataObject) -> None:
+    said, decoder = sealed(5)
+    stream = b"".join(said)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)))))
+    found = []
+    for begin, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
+        found += decoder.feed(stream[begin:end])
+    assert found == [(frames.ORDER, 5, b"%d" % number) for number in range(5)]
+
+
+@given(st.integers(min_value=0))
+def test_a_sealed_stream_with_one_bit_changed_ends_before_it(at: int) -> None:
+    said, decoder = sealed(3)
+    stream = bytearray(b"".join(said))
+    at %= 8 * len(stream)
+    stream[at // 8] ^= 1 << at % 8
+    found = []
+    try:
+        for frame in decoder.feed(bytes(stream)):
+            found.append(frame)
+    except frames.FrameError:
+        pass
+    assert found == [(frames.ORDER, 5, b"%d" % number) for number in range(at // 8 // len(said[0]))]
+
+
+@pytest.mark.parametrize("heard", [(1,), (0, 0), (0, 2), (0, 1, 0)])
+def test_a_sealed_frame_left_out_or_repeated_is_an_error(heard: tuple[int, ...]) -> None:
+    said, decoder = sealed(3)
+    with pytest.raises(frames.FrameError, match="tag"):
+        list(decoder.feed(b"".join(said[number] for number in heard)))
+
+
+def test_each_direction_of_each_connection_has_a_key_of_its_own() -> None:
+    connections = [(5, b"a", b"n"), (6, b"a", b"n"), (5, b"b", b"n"), (5, b"a", b"m")]
+    tags = [
+        seal.tag(b"frame")
+        for rank, theirs, ours in connections
+        for seal in proof.seals(b"t" * 32, rank, theirs * 16, ours * 16)
+    ]
+    assert len(set(tags)) == 8
+
+
+def test_a_tag_is_these_very_bytes() -> None:
+    down, _up = proof.seals(bytes(range(32)), 5, b"a" * 16, b"n" * 16)
+    said = [down.tag(b"one").hex(), down.tag(b"two").hex()]
+    assert said == ["c91e71476efe5365f2a09c44fb3f68af", "108ddff8d47d57439dc1d882adb2133c"]
+
+
 def test_a_setup_comes_back_as_it_was() -> None:
     setup = Setup("run", b"t" * 32, 3, "n3", 10, 1, [("", 4000), ("10.0.0.1", 5)], 2.0, 10.0)
     found = Setup.decode(setup.encode())
