@@ -99,7 +99,9 @@ def _summary(run: Run, *, direct: bool) -> str:
     more = f"; out: {nodeset.fold(out)}" if out else ""
     if indirect:
         more += f"; no TCP way here, still by {run.via}: {nodeset.fold(indirect)}"
-    return f"{len(states) - len(out)} nodes{', direct' * direct}, pid {os.getpid()}{more}"
+    count = len(states) - len(out)
+    nodes = f"{count} node{'s' * (count != 1)}{', direct' * direct}"
+    return f"{nodes}, pid {os.getpid()}{more}"
 
 
 class _Server:
