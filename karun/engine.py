@@ -278,7 +278,7 @@ class Engine:
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.LOST:
             child = self._known(fields[0])
-            self._lost(child, rank, frames.text(fields[1]))
+            self._lost(child, rank, frames.number(fields[1]), frames.text(fields[2]))
         elif kind == frames.FAILED:
             child = self._known(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
@@ -325,11 +325,11 @@ class Engine:
 
     # What goes wrong.
 
-    def _child_lost(self, rank: int, reason: str) -> None:
-        self._lost(rank, frames.HEAD, reason)
+    def _child_lost(self, rank: int, introduction: int, reason: str) -> None:
+        self._lost(rank, frames.HEAD, introduction, reason)
 
-    def _lost(self, rank: int, parent: int, reason: str) -> None:
-        ranks = self.roster.lost(rank, parent)
+    def _lost(self, rank: int, parent: int, introduction: int, reason: str) -> None:
+        ranks = self.roster.lost(rank, parent, introduction)
         if ranks:
             wait_s = self._limits.reattach_s + BACK_MARGIN_S
             losses = {one: self.roster.loss_counts[one] for one in ranks}

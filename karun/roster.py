@@ -24,7 +24,7 @@ __all__ = ["Event", "Roster", "State"]
 ACK_SIZE = WINDOW_SIZE // 4
 _TRIM_COUNT = 64
 _FIELD_COUNTS = {
-    frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 2, frames.CONSUMED: 2,
+    frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 3, frames.CONSUMED: 2,
     frames.ABORTED: 4,
 }  # fmt: skip
 
@@ -52,6 +52,7 @@ class Roster:
         """How often each has lost its way: a wait for its return is about one loss."""
         self._incarnations = [b""] * size
         self._boot_ids = [b""] * size
+        self._introductions = [0] * size
         self._applied = [0] * size
         self._received = [0] * size
         self._unacked = [0] * size
@@ -100,9 +101,9 @@ class Roster:
     def attach(self, rank: int, payload: bytes) -> tuple[bool, bytes, list[bytes]]:
         """Return whether the node is welcome, what to answer, and the orders that it lacks."""
         fields = frames.unpack(payload)
-        if len(fields) != 5:
+        if len(fields) != 6:
             raise frames.FrameError("not what introduces a node")
-        incarnation, applied, parent, boot_id, direct = fields
+        incarnation, introduction, applied, parent, boot_id, direct = fields
         known = self._incarnations[rank]
         if self.states[rank] is State.FAILED or (known and known != incarnation):
             return False, frames.pack(incarnation), []
@@ -111,6 +112,7 @@ class Roster:
         self._boot_ids[rank] = boot_id
         self.parents[rank] = frames.number(parent)
         self.direct[rank] = direct == b"1"
+        self._introductions[rank] = frames.number(introduction)
         obeyed = frames.number(applied)
         self._has_obeyed(rank, obeyed)
         answer = frames.pack(incarnation, self._received[rank])
@@ -140,12 +142,14 @@ class Roster:
         self._unacked[rank] = 0
         return frames.pack(self._received[rank])
 
-    def lost(self, rank: int, parent: int) -> list[int]:
+    def lost(self, rank: int, parent: int, introduction: int) -> list[int]:
         """A parent misses a child; return the nodes that have thereby lost their way.
 
-        Nothing is lost if the child, or its children, have found another parent meanwhile.
+        Nothing is lost if the child, or its children, have found another parent meanwhile, or have
+        come back to this one: what is missed is the child that introduced itself so often.
         """
-        if self.parents[rank] != parent or self.states[rank] is not State.JOINED:
+        is_same = self.parents[rank] == parent and self._introductions[rank] == introduction
+        if not is_same or self.states[rank] is not State.JOINED:
             return []
         found = list(self.below(rank))
         for one in found:

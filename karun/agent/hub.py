@@ -1,7 +1,8 @@
 """The lower side of a node of the tree, agent or head: its children, and the ways down.
 
 Invariants
-  * a frame goes down, and is taken, on the way on which its node attached last;
+  * a frame goes down, and is taken, on the way on which its node attached last, by the node's own
+    count: ways may overtake each other;
   * a child that says nothing for `silence` is lost, unless we ourselves were asleep;
   * a lost child is reported once, and not if it has come back on another connection;
   * what comes up is passed on at once; when the way up is full, children are not read.
@@ -55,20 +56,23 @@ class Hub:
         *,
         up: Callable[[int, int, bytes], None],
         tell_parent: Callable[[int, bytes], None],
-        lost: Callable[[int, str], None],
+        lost: Callable[[int, int, str], None],
         failed: Callable[[int, str, bytes, int], None],
         local: bool,
     ) -> None:
         """*up(kind, rank, payload)* gets what comes from below for the head, *tell_parent(kind,
-        payload)* what is for the parent, *lost(rank, reason)* a child that had attached,
-        *failed(rank, "stage:reason", connector's words, wait status)* a node that is given up.
-        *local*: all nodes are on this machine, so nobody else need find the way back."""
+        payload)* what is for the parent, *lost(rank, introduction, reason)* a child that had
+        attached (so often), *failed(rank, "stage:reason", connector's words, wait status)* a node
+        that is given up.  *local*: all nodes are on this machine, so nobody else need find the way
+        back."""
         self._loop = loop
         loop.grow()
         self._setup = setup
         self._local = local
         self._up, self._lost = up, lost
         self._routes: dict[int, Channel] = {}
+        self._introductions: dict[int, tuple[bytes, int]] = {}
+        """Of each node below, its incarnation, and how often that has introduced itself."""
         self._forced = dialling.tree == ALWAYS
         self._boot_id = boot_id()
         self.dialer = Dialer(
@@ -147,6 +151,11 @@ class Hub:
             channel.close("protocol error: a child gives no orders")
 
     def _attached(self, channel: Channel, rank: int, payload: bytes) -> None:
+        incarnation, number = frames.unpack(payload)[:2]
+        introduction = (incarnation, frames.number(number))
+        known = self._introductions.get(rank)
+        if known is not None and known[0] == incarnation and known >= introduction:
+            return  # a later one was quicker, on another way
         call = self.dialer.call_of(channel)
         before = self._routes.get(rank)
         self._routes[rank] = channel  # before it is given work
@@ -155,6 +164,7 @@ class Hub:
                 self._routes[rank] = before
             channel.close("another try was quicker")
             return
+        self._introductions[rank] = introduction
         if call is None and rank == channel.peer:
             self._arrived.discard(channel)
             self.dialer.came(rank, calls=self._can_call(payload))
@@ -164,7 +174,7 @@ class Hub:
 
     def _can_call(self, payload: bytes) -> bool:
         """Whether a node would make the launch quicker: not if it shares this machine."""
-        return self._forced or frames.unpack(payload)[3] != self._boot_id
+        return self._forced or frames.unpack(payload)[4] != self._boot_id
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)
@@ -180,7 +190,7 @@ class Hub:
             del self._routes[rank]
         if current:
             self.dialer.lost(channel.peer)
-            self._lost(channel.peer, reason)
+            self._lost(channel.peer, self._introductions[channel.peer][1], reason)
 
     def _tick(self) -> None:
         ping_s = self._setup.ping_s

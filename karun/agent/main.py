@@ -144,8 +144,8 @@ class Agent:
         self._up.drained = None
         self._hub.pause(False)
 
-    def _child_lost(self, rank: int, reason: str) -> None:
-        self._tell(frames.LOST, rank, reason)
+    def _child_lost(self, rank: int, introduction: int, reason: str) -> None:
+        self._tell(frames.LOST, rank, introduction, reason)
 
     def _call_failed(self, rank: int, reason: str, words: bytes, status: int) -> None:
         self._tell(frames.FAILED, rank, reason, words, status)
@@ -241,7 +241,7 @@ class Agent:
 
     # Down.
 
-    def _from_above(self, _channel: Channel, kind: int, rank: int, payload: bytes) -> None:
+    def _from_above(self, channel: Channel, kind: int, rank: int, payload: bytes) -> None:
         if self._setup is None:
             if kind != frames.SETUP:
                 raise frames.FrameError("no setup")
@@ -250,6 +250,8 @@ class Agent:
         if rank == frames.ALL and self._hub is not None:
             self._hub.broadcast(kind, payload)
         if rank in (frames.ALL, self._setup.rank):
+            if kind == frames.WELCOME and channel is self._up:
+                self._leave_former()
             self._take(kind, payload)
         elif self._hub is not None:
             self._hub.send(rank, kind, payload)
@@ -264,7 +266,6 @@ class Agent:
             member.ack(frames.number(frames.unpack(payload)[0]))
             self._pace()
         elif kind == frames.WELCOME:
-            self._leave_former()
             for event in member.welcome(payload):
                 self._send_up(frames.EVENT, member.rank, event)
             self._pace()

@@ -28,7 +28,8 @@ class Member:
     """What this node has obeyed, and what it has told that may have to be told again."""
 
     __slots__ = (
-        "_kept", "_kept_size", "_told", "applied", "incarnation", "joined", "rank",
+        "_introductions", "_kept", "_kept_size", "_told", "applied", "incarnation", "joined",
+        "rank",
     )  # fmt: skip
 
     def __init__(self, rank: int, incarnation: bytes) -> None:
@@ -37,7 +38,7 @@ class Member:
         self.applied = 0
         self.joined = False
         """Whether the head has answered the latest attach."""
-        self._told = 0
+        self._told = self._introductions = 0
         self._kept: list[tuple[int, bytes]] = []
         self._kept_size = 0
 
@@ -49,7 +50,10 @@ class Member:
         """Return what introduces this node, over a new way (*direct*: a connection of its own);
         nothing is told until welcomed."""
         self.joined = False
-        return frames.pack(self.incarnation, self.applied, parent, boot_id, int(direct))
+        self._introductions += 1
+        return frames.pack(
+            self.incarnation, self._introductions, self.applied, parent, boot_id, int(direct)
+        )
 
     def welcome(self, payload: bytes) -> list[bytes]:
         """Take the head's answer; return the events that it lacks."""

@@ -52,7 +52,7 @@ def proof_with(token: bytes) -> Callable[[bytes], bytes]:
     "answer",
     [
         proof_with(bytes(32)),
-        lambda _: frames.encode(frames.ATTACH, 0, frames.pack(b"i", 0, 0, b"", 1)),
+        lambda _: frames.encode(frames.ATTACH, 0, frames.pack(b"i", 1, 0, 0, b"", 1)),
         lambda _: frames.encode(frames.EVENT, 0, b"\xff" * 100),
         lambda _: b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         lambda _: b"\xff" * 4096,
@@ -85,6 +85,24 @@ async def test_who_holds_the_token_is_answered_with_a_proof() -> None:
             ((kind, _, accept),) = decoder.feed(bytes(await stream.receive_some(4096)))
         assert kind == frames.ACCEPT
         assert proof.accepted(token, 0, challenge, nonce, accept) == frames.HEAD
+
+
+async def test_a_word_of_a_node_that_a_later_one_has_overtaken_does_not_lead_back() -> None:
+    """On two connections, as when it moves: it is heard on the second, and only there."""
+    async with karun.Run(["a"], "local") as run:
+        await run.launched()
+        hub = run.engine._hub
+        (first,) = hub.children
+        incarnation = run.engine.roster._incarnations[0]
+        assert await run.move() == []
+        second = hub._routes[0]
+        assert second is not first
+        late = frames.pack(incarnation, 1, 0, frames.HEAD, b"", 0)
+        first.frame(first, frames.ATTACH, 0, late)
+        assert hub._routes[0] is second
+        with trio.fail_after(30):
+            outcomes = await run.command(["true"])
+    assert [outcome.exit_code for outcome in outcomes] == [0]
 
 
 async def test_words_put_into_a_connection_are_not_obeyed_and_end_it(tmp_path: Path) -> None:

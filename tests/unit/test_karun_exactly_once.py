@@ -154,7 +154,7 @@ def test_with_a_relay_all_below_it_lose_their_way() -> None:
     roster = Roster(5)
     for rank, parent in enumerate([frames.HEAD, 0, 1, 1, frames.HEAD]):
         attach(roster, rank, parent)
-    assert sorted(roster.lost(1, 0)) == [1, 2, 3]
+    assert sorted(roster.lost(1, 0, 1)) == [1, 2, 3]
     assert list(roster.in_state(State.DETACHED)) == [1, 2, 3]
 
 
@@ -163,8 +163,18 @@ def test_a_child_that_has_another_parent_by_now_is_not_lost() -> None:
     for rank, parent in enumerate([frames.HEAD, 0, 1]):
         attach(roster, rank, parent)
     attach(roster, 2, 0)
-    assert roster.lost(2, 1) == []
-    assert roster.lost(1, 0) == [1]
+    assert roster.lost(2, 1, 1) == []
+    assert roster.lost(1, 0, 1) == [1]
+
+
+def test_a_child_that_is_missed_by_its_parent_after_it_came_back_to_it_is_not_lost() -> None:
+    roster = Roster(2)
+    attach(roster, 0, frames.HEAD)
+    child = Member(1, b"1")
+    for _ in range(2):
+        roster.attach(1, child.attach(0, b""))
+    assert roster.lost(1, 0, 1) == []
+    assert roster.lost(1, 0, 2) == [1]
 
 
 def test_orders_that_all_have_obeyed_are_forgotten() -> None:
