@@ -227,6 +227,10 @@ class Agent:
     def _moved(self, channel: Channel, rank: int) -> None:
         self._move = None
         self._former = self._up
+        if self._former is not None:
+            self._former.drained = None
+        if self._hub is not None:
+            self._hub.pause(False)
         self._parent_found(channel, rank, 0)
 
     def _stays(self, _turned_away: bool) -> None:

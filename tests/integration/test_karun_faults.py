@@ -187,6 +187,32 @@ async def test_nodes_that_move_in_the_middle_of_a_run_lose_and_repeat_nothing(
     check(results, the.sink, set())
 
 
+async def test_nodes_move_while_nobody_takes_what_they_say() -> None:
+    """Relays have stopped to read from below, and go on when the head reads again."""
+    names = [f"n{number}" for number in range(NODE_COUNT)]
+    size = 1 << 20
+    sink = Collect()
+    results: list[Outcome] = []
+
+    async def command(run: Run) -> None:
+        results.extend(await run.command(["head", "-c", str(size), "/dev/zero"], sink=sink))
+
+    async with Run(names, "local", limits=replace(LIMITS, ping_s=60.0)) as run:
+        await run.launched()
+        run.engine.pause(True)
+        with trio.fail_after(240):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(command, run)
+                await trio.sleep(2.0)  # until all that may be full is full
+                run.engine.move()
+                await trio.sleep(1.0)
+                run.engine.pause(False)
+        assert run.engine.indirect() == []
+    assert {one.code for one in results} == {0}
+    assert {len(data) for data in sink.outputs.values()} == {size}
+    assert len(sink.outputs) == NODE_COUNT
+
+
 async def test_a_relay_that_dies_while_nodes_move_costs_itself_only(tmp_path: Path) -> None:
     results: list[Outcome] = []
     async with scene(tmp_path, results) as the:
