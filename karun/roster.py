@@ -17,7 +17,7 @@ import enum
 from collections.abc import Collection, Iterable, Iterator
 
 from karun.agent import frames
-from karun.agent.member import EVENT_COST, WINDOW_SIZE
+from karun.agent.member import EVENT_COST, WINDOW_SIZE, introduction
 
 __all__ = ["Event", "Roster", "State"]
 
@@ -100,20 +100,16 @@ class Roster:
 
     def attach(self, rank: int, payload: bytes) -> tuple[bool, bytes, list[bytes]]:
         """Return whether the node is welcome, what to answer, and the orders that it lacks."""
-        fields = frames.unpack(payload)
-        if len(fields) != 6:
-            raise frames.FrameError("not what introduces a node")
-        incarnation, introduction, applied, parent, boot_id, direct = fields
+        incarnation, count, obeyed, parent, boot_id, direct = introduction(payload)
         known = self._incarnations[rank]
         if self.states[rank] is State.FAILED or (known and known != incarnation):
             return False, frames.pack(incarnation), []
         self.states[rank] = State.JOINED
         self._incarnations[rank] = incarnation
         self._boot_ids[rank] = boot_id
-        self.parents[rank] = frames.number(parent)
-        self.direct[rank] = direct == b"1"
-        self._introductions[rank] = frames.number(introduction)
-        obeyed = frames.number(applied)
+        self.parents[rank] = parent
+        self.direct[rank] = direct
+        self._introductions[rank] = count
         self._has_obeyed(rank, obeyed)
         answer = frames.pack(incarnation, self._received[rank])
         later = self._log[max(0, obeyed - self._log_base) :]
@@ -142,13 +138,13 @@ class Roster:
         self._unacked[rank] = 0
         return frames.pack(self._received[rank])
 
-    def lost(self, rank: int, parent: int, introduction: int) -> list[int]:
+    def lost(self, rank: int, parent: int, count: int) -> list[int]:
         """A parent misses a child; return the nodes that have thereby lost their way.
 
         Nothing is lost if the child, or its children, have found another parent meanwhile, or have
-        come back to this one: what is missed is the child that introduced itself so often.
+        come back to this one: the child that is missed had introduced itself *count* times.
         """
-        is_same = self.parents[rank] == parent and self._introductions[rank] == introduction
+        is_same = self.parents[rank] == parent and self._introductions[rank] == count
         if not is_same or self.states[rank] is not State.JOINED:
             return []
         found = list(self.below(rank))

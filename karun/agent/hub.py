@@ -26,6 +26,7 @@ from . import frames, proof
 from .channel import SILENCE_PINGS, Channel
 from .dialer import Dialer
 from .loop import READ, Loop, boot_id
+from .member import introduction
 from .setup import ALWAYS, Dialling, Setup
 
 TYPE_CHECKING = False
@@ -151,30 +152,27 @@ class Hub:
             channel.close("protocol error: a child gives no orders")
 
     def _attached(self, channel: Channel, rank: int, payload: bytes) -> None:
-        incarnation, number = frames.unpack(payload)[:2]
-        introduction = (incarnation, frames.number(number))
+        incarnation, count, _applied, _parent, where, _direct = introduction(payload)
         known = self._introductions.get(rank)
-        if known is not None and known[0] == incarnation and known >= introduction:
+        if known is not None and known[0] == incarnation and known[1] >= count:
             return  # a later one was quicker, on another way
+        # Whether it would make the launch quicker if it called: not if it shares this machine.
+        calls = self._forced or where != self._boot_id
         call = self.dialer.call_of(channel)
         before = self._routes.get(rank)
         self._routes[rank] = channel  # before it is given work
-        if call is not None and not self.dialer.attached(call, calls=self._can_call(payload)):
+        if call is not None and not self.dialer.attached(call, calls=calls):
             if before is not None:
                 self._routes[rank] = before
             channel.close("another try was quicker")
             return
-        self._introductions[rank] = introduction
+        self._introductions[rank] = (incarnation, count)
         if call is None and rank == channel.peer:
             self._arrived.discard(channel)
-            self.dialer.came(rank, calls=self._can_call(payload))
+            self.dialer.came(rank, calls=calls)
         elif call is None:
             self.dialer.seen(channel.peer, rank)
         self._up(frames.ATTACH, rank, payload)
-
-    def _can_call(self, payload: bytes) -> bool:
-        """Whether a node would make the launch quicker: not if it shares this machine."""
-        return self._forced or frames.unpack(payload)[4] != self._boot_id
 
     def _closed(self, channel: Channel, reason: str) -> None:
         self.children.discard(channel)

@@ -24,6 +24,19 @@ EVENT_COST = 64
 """What an event counts beside its bytes, so that a flood of empty lines is bounded as well."""
 
 
+def introduction(payload: bytes) -> tuple[bytes, int, int, int, bytes, bool]:
+    """Return what a node says to introduce itself (`Member.attach`): its incarnation, how often it
+    has done so, the last order obeyed, its parent, boot id, and whether the way is its own.
+
+    Raises FrameError.
+    """
+    fields = frames.unpack(payload)
+    if len(fields) != 6:
+        raise frames.FrameError("not what introduces a node")
+    count, applied, parent = map(frames.number, fields[1:4])
+    return fields[0], count, applied, parent, fields[4], fields[5] == b"1"
+
+
 class Member:
     """What this node has obeyed, and what it has told that may have to be told again."""
 

@@ -45,10 +45,17 @@ class Seal:
         return bool(is_equal(self.tag(frame), tag))
 
 
+def nonce_of(challenge: bytes) -> bytes:
+    """Return what a CHALLENGE asks to be proved over; raises FrameError."""
+    fields = frames.unpack(challenge)
+    if len(fields) != 1:
+        raise frames.FrameError("no challenge")
+    return fields[0]
+
+
 def prove(token: bytes, rank: int, challenge: bytes, nonce: bytes) -> bytes:
-    """Return the answer to a CHALLENGE."""
-    theirs = frames.unpack(challenge)[0]
-    return frames.pack(nonce, _mac(token, b"node", theirs, nonce, rank))
+    """Return the answer to a CHALLENGE; raises FrameError."""
+    return frames.pack(nonce, _mac(token, b"node", nonce_of(challenge), nonce, rank))
 
 
 def proved(token: bytes, rank: int, nonce: bytes, payload: bytes) -> bytes | None:
@@ -66,8 +73,11 @@ def accept(token: bytes, own_rank: int, rank: int, nonce: bytes, theirs: bytes) 
 
 def accepted(token: bytes, rank: int, challenge: bytes, nonce: bytes, payload: bytes) -> int | None:
     """Return the ancestor's rank if its ACCEPT is right."""
-    ancestor, mac = frames.unpack(payload)
-    right = _mac(token, b"ancestor", frames.unpack(challenge)[0], nonce, rank)
+    fields = frames.unpack(payload)
+    if len(fields) != 2:
+        return None
+    ancestor, mac = fields
+    right = _mac(token, b"ancestor", nonce_of(challenge), nonce, rank)
     return frames.number(ancestor) if is_equal(mac, right) else None
 
 

@@ -110,8 +110,7 @@ class Dial:
             return
         if self._timer is not None:
             self._timer.cancel()
-        theirs = frames.unpack(self._challenge)[0]
-        down, up = proof.seals(token, rank, theirs, self._nonce)
+        down, up = proof.seals(token, rank, proof.nonce_of(self._challenge), self._nonce)
         channel.trust(sent=up, heard=down)
         self._channel = None
         self._found(channel, ancestor)

@@ -174,6 +174,9 @@ async def test_what_an_agent_says_wrong_ends_its_connection_and_others_it_cannot
         for payload in (b"\xff", frames.pack("x"), frames.pack(1, 0, frames.OUTPUT, "x")):
             with pytest.raises(frames.FrameError):  # on which the channel closes
                 channels[1].frame(channels[1], frames.EVENT, 1, payload)
+        for payload in (b"", b"\xff", frames.pack(b"i", 1), frames.pack(b"i", "x", 0, 0, b"", 0)):
+            with pytest.raises(frames.FrameError):
+                channels[1].frame(channels[1], frames.ATTACH, 1, payload)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

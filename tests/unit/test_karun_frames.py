@@ -84,6 +84,17 @@ def test_each_side_of_a_proof_convinces_who_holds_the_token_only() -> None:
     assert proof.accepted(token, 5, challenge, ours, frames.pack(2, mac)) is None, "reflected"
 
 
+@pytest.mark.parametrize("said", [b"", frames.pack(b"a", b"b"), b"\xff"])
+def test_nonsense_of_a_stranger_proves_nothing_and_ends_nothing_else(said: bytes) -> None:
+    token, nonce = b"t" * 32, b"n" * 16
+    with pytest.raises(frames.FrameError):  # on which the channel closes
+        proof.prove(token, 5, said, nonce)
+    try:
+        assert proof.accepted(token, 5, frames.pack(nonce), nonce, said) is None
+    except frames.FrameError:
+        pass
+
+
 def sealed(count: int) -> tuple[list[bytes], frames.Decoder]:
     """Frames as they go down a sealed connection, and who hears them."""
     ends = [proof.seals(b"t" * 32, 5, b"a" * 16, b"n" * 16)[0] for _ in range(2)]
