@@ -80,7 +80,11 @@ async def _session(name: str, where: Where) -> None:
         os.umask(mask)
         listener.listen(64)
         try:
-            print(f"ready {_summary(run, direct=where.direct)}", flush=True)
+            try:
+                print(f"ready {_summary(run, direct=where.direct)}", flush=True)
+            except BrokenPipeError:  # who started it was interrupted meanwhile
+                os.dup2(os.open("/dev/null", os.O_WRONLY), 1)
+                return
             null = os.open("/dev/null", os.O_RDWR)
             for fd in (0, 1, 2):
                 os.dup2(null, fd)
@@ -120,8 +124,11 @@ class _Server:
                 return
             wire = _Wire(stream, self._pace)
             try:
-                kind, payload = await anext(wire.incoming, (0, b""))
+                # No default for anext: with one, Python 3.11 raises SystemError at the end.
+                kind, payload = await anext(wire.incoming)
                 await self._first(wire, kind, payload)
+            except StopAsyncIteration:
+                pass
             except (trio.BrokenResourceError, frames.FrameError):
                 pass
             finally:

@@ -202,3 +202,30 @@ def test_a_direct_session_says_so_and_runs_commands_as_others_do(tmp_path: Path)
         assert found.returncode == 4
     finally:
         assert karun("session", "stop", "d").returncode == 0
+
+
+def test_who_connects_and_hangs_up_leaves_the_session_as_it_was(karun: Shell) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(karun.runtime / "karun" / "default.sock"))
+    found = karun("session", "start", "--via", "local", "-w", "n1")
+    assert b"'default' is there already" in found.stderr
+    time.sleep(0.2)  # for a session that would end
+    assert karun("session", "list").stdout.startswith(b"default: 12 nodes")
+
+
+def test_a_start_that_is_interrupted_leaves_no_session_and_no_traceback(tmp_path: Path) -> None:
+    karun = Shell(tmp_path)
+    starting = karun.start(
+        "session", "start", "--via", "local", "-w", "n[1-100]", stderr=subprocess.PIPE
+    )
+    wait_until(lambda: b"session_server" in _children(starting.pid), "the session's process")
+    starting.send_signal(signal.SIGINT)
+    _, errors = starting.communicate(timeout=60)  # which the session's process holds open as well
+    assert (starting.returncode, errors.strip()) == (130, b"karun: interrupted")
+    assert karun("session", "list").stdout == b""
+
+
+def _children(pid: int) -> bytes:
+    """Return the command lines of a process's children."""
+    numbers = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return b"".join(Path(f"/proc/{number}/cmdline").read_bytes() for number in numbers)
