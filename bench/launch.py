@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
 import resource
 import select
+import shlex
 import shutil
 import signal
 import statistics
@@ -56,6 +58,15 @@ async def main():
 trio.run(main)
 """
 """What a program that has joined a session does."""
+ELF_X86_64 = bytes.fromhex(
+    "7f454c46020101000000000000000000"  # 64 bits, little-endian, version 1
+    "02003e0001000000" "7800400000000000" "4000000000000000" "0000000000000000"
+    "00000000" "4000380001000000" "00000000"
+    "0100000005000000" "0000000000000000" "0000400000000000" "0000400000000000"
+    "8100000000000000" "8100000000000000" "0010000000000000"
+    "b83c000000" "31ff" "0f05"  # mov eax, 60; xor edi, edi; syscall: exit(0)
+)  # fmt: skip
+"""The least program: what a process costs without the start of a C library."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,22 +138,36 @@ def second_commands(count: int, window: int, runs: int) -> dict[str, list[float]
 
     And what they are made of: the same on one node, without that start, the commands alone, and the
     commands in shells that stand at the end of ssh connections, without anything of karun
-    (`Shells`).
+    (`Shells`); `true` first, and then the least program that there is.
     """
     times: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="ka-launch-") as place, Sshd(Path(place)) as sshd:
         nodes = addresses(count)
+        programs = {"": shutil.which("true") or "/bin/true"}
+        if platform.machine() == "x86_64":
+            least = Path(place) / "least"
+            least.write_bytes(ELF_X86_64)
+            least.chmod(0o755)
+            programs[", least program"] = str(least)
         with Shells(nodes, sshd.config, window) as shells:
-            times["shells behind ssh, without karun"] = [shells.run() for _ in range(runs)]
-        times["commands alone"] = [bare_commands(count) for _ in range(runs)]
+            for which, program in programs.items():
+                name = f"shells behind ssh{which}"
+                times[name] = [shells.run(program) for _ in range(runs)]
+        for which, program in programs.items():
+            times[f"processes alone{which}"] = [processes(program, count) for _ in range(runs)]
         for kind in ("", "--direct"):
-            for name, took_s in in_session(kind, nodes, sshd, window, runs).items():
+            for name, took_s in in_session(kind, nodes, programs, sshd, window, runs).items():
                 times[f"{name} {kind}".strip()] = took_s
     return times
 
 
 def in_session(
-    kind: str, nodes: Sequence[str], sshd: Sshd, window: int, runs: int
+    kind: str,
+    nodes: Sequence[str],
+    programs: Mapping[str, str],
+    sshd: Sshd,
+    window: int,
+    runs: int,
 ) -> dict[str, list[float]]:
     """Return wall times of commands in one session; *kind*: an option of its start, or none."""
     environment = os.environ | {"XDG_RUNTIME_DIR": str(sshd.config.parent)}
@@ -153,12 +178,15 @@ def in_session(
     subprocess.run(
         [KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S
     )
-    run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
+    commands = {f"all nodes{which}": ["--", program] for which, program in programs.items()}
+    commands["one node"] = ["-w", nodes[0], "--", programs[""]]
     times: dict[str, list[float]] = {}
     try:
-        for name, more in {"all nodes": [], "one node": ["-w", nodes[0]]}.items():
+        for name, words in commands.items():
             for _ in range(runs):
-                code, took_s = timed([*run, *more, "--", "true"], environment)
+                code, took_s = timed(
+                    [KARUN, "run", "--session", "default", "-n", "-b", "-S", *words], environment
+                )
                 if code:
                     raise KaError(Code.UNREACHABLE, f"a command in a session ended with {code}")
                 times.setdefault(name, []).append(took_s)
@@ -172,13 +200,12 @@ def in_session(
     return times
 
 
-def bare_commands(count: int) -> float:
-    """Return the time in which this process starts *count* commands and sees their ends."""
-    program = shutil.which("true") or "/bin/true"
+def processes(program: str, count: int) -> float:
+    """Return the time in which this process starts *count* others and sees their ends."""
     environment = dict(os.environ)
     start_s = time.monotonic()
     for _ in range(count):
-        os.posix_spawn(program, ["true"], environment)
+        os.posix_spawn(program, [program], environment)
     for _ in range(count):
         os.wait()
     return time.monotonic() - start_s
@@ -213,10 +240,10 @@ class Shells:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def run(self) -> float:
-        """Return the time in which all run `true` and say how it ended."""
+    def run(self, program: str) -> float:
+        """Return the time in which all run a program and say how it ended."""
         start_s = time.monotonic()
-        self._ask(self._shells, f"{shutil.which('true') or '/bin/true'}; echo $?\n".encode())
+        self._ask(self._shells, f"{shlex.quote(program)}; echo $?\n".encode())
         return time.monotonic() - start_s
 
     def _ask(self, shells: Sequence[subprocess.Popen[bytes]], line: bytes) -> None:
@@ -289,9 +316,9 @@ def compare(options: argparse.Namespace) -> int:
         failed = "" if all(one.is_good for one in found) else "  FAILED"
         print(f"{name:32} {wall_s:8.2f} s {cpu_ms:8.0f} ms of CPU a node{failed}")
     if "karun" in chosen:
-        print("\n`true` in a karun session; median of 9")
+        print("\n`true` in a karun session, and what it is made of; median of 9")
         for name, found_s in second_commands(options.nodes, options.window, 9).items():
-            print(f"{name:32} {1000 * statistics.median(found_s):8.0f} ms")
+            print(f"{name:36} {1000 * statistics.median(found_s):8.0f} ms")
     return 0 if all(one.is_good for found in samples.values() for one in found) else 1
 
 
