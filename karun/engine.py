@@ -20,14 +20,14 @@ from time import monotonic
 
 from karun import reasons
 from karun.agent import frames
-from karun.agent.barrier import Gathering
+from karun.agent.barrier import Gathering, world_of
 from karun.agent.hub import Hub
 from karun.agent.loop import Loop
 from karun.agent.process import OUT_OF_TIME, SIGKILL
 from karun.agent.setup import AUTO, QUEUED_S, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
-from karun.feed import Feed
+from karun.feed import FEED_SIZE_MAX, Feed
 from karun.latecomers import AGAIN_S, Latecomers
 from karun.orders import TIMEOUT, Command, Commands, Invocation, Sink
 from karun.pmi import MISSED
@@ -48,6 +48,8 @@ FEW_PART = 4
 children, to which an order to all goes: else the tree carries it with less from here."""
 UNHEARD_COUNT_MAX = 1000
 """And if no more nodes have one of their own to obey, since each order names these."""
+CODE_MAX, SIGNAL_MAX, STATUS_MAX = 0xFF, 0x7F, 0xFFFF
+"""Of processes: waitpid(2)."""
 SLEPT_S = 0.1
 """So much of sleep does not count."""
 
@@ -238,10 +240,7 @@ class Engine:
         return len(ranks) <= few_count and self.roster.unheard_count <= UNHEARD_COUNT_MAX
 
     def _known(self, field: bytes) -> int:
-        rank = frames.number(field)
-        if not 0 <= rank < self.roster.size:
-            raise frames.FrameError(f"no node has rank {rank}")
-        return rank
+        return frames.number_in(field, 0, self.roster.size - 1)
 
     def _from_below(self, kind: int, rank: int, payload: bytes) -> None:
         if not 0 <= rank < self.roster.size:
@@ -252,10 +251,15 @@ class Engine:
         if kind == frames.BARRIER:
             self._gathered(payload)
             return
-        event = self.roster.event(rank, payload)
-        if event is None:
+        try:
+            event = self.roster.event(rank, payload)
+            if event is None:
+                return
+            self._event(rank, *event)
+        except frames.FrameError as error:
+            # Those who passed it on have not read it: they are none the worse for it.
+            self._fail(rank, "lost", f"said what no agent says: {error}")
             return
-        self._event(rank, *event)
         ack = self.roster.ack_due(rank)
         if ack is not None:
             self._hub.send(rank, frames.ACK, ack)
@@ -282,7 +286,10 @@ class Engine:
         elif kind == frames.FAILED:
             child = self._known(fields[0])
             reason, words = frames.text(fields[1]), fields[2]
-            self._call_failed(child, reason, words, frames.number(fields[3]))
+            status = frames.number_in(fields[3], -1, STATUS_MAX)
+            if status >= 0 and status & SIGNAL_MAX == SIGNAL_MAX:
+                raise frames.FrameError(f"{status} is no end of a process")
+            self._call_failed(child, reason, words, status)
         elif kind == frames.ABORTED:
             world = self._worlds.get(frames.number(fields[0]))
             if world is not None:
@@ -295,12 +302,12 @@ class Engine:
 
     def _gathered(self, payload: bytes) -> None:
         """Part of a barrier has come up; let all go on when the last has."""
-        number = frames.number(frames.unpack(payload)[0])
+        number = world_of(payload)
         world = self._worlds.get(number)
         if world is None:
             raise frames.FrameError(f"no world {number}")
         gathering = world.gathering
-        gathering.take(payload)
+        gathering.take(payload, self.roster.size)
         if not gathering.waits or not gathering.has((1 << self.roster.size) - 1):
             return
         if gathering.left >= 0:
@@ -313,15 +320,16 @@ class Engine:
 
     def _command_event(self, command: Command, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.OUTPUT:
-            command.sink.output(rank, frames.number(fields[1]), fields[2])
+            command.sink.output(rank, frames.number_in(fields[1], 1, 2), fields[2])
         elif kind == frames.CONSUMED and command.feed is not None:
-            command.feed.consumed(rank, frames.number(fields[1]))
+            command.feed.consumed(rank, frames.number_in(fields[1], 0, FEED_SIZE_MAX))
         elif kind == frames.EXITED:
-            code = frames.number(fields[1])
+            code = frames.number_in(fields[1], OUT_OF_TIME, CODE_MAX)
+            signal = frames.number_in(fields[2], 0, SIGNAL_MAX)
             if code == OUT_OF_TIME:
                 self._commands.failed(command, rank, TIMEOUT, f"after {command.limit_s:g} s")
             else:
-                self._commands.exited(command, rank, code, frames.number(fields[2]))
+                self._commands.exited(command, rank, code, signal)
 
     # What goes wrong.
 

@@ -116,12 +116,14 @@ class Roster:
         return True, answer, [order for order, ranks in later if ranks is None or rank in ranks]
 
     def event(self, rank: int, payload: bytes) -> Event | None:
-        """Return kind and fields of an event that is news."""
+        """Return kind and fields of an event that is news; raises FrameError."""
+        if self.states[rank] is State.FAILED:
+            return None
         fields = frames.unpack(payload)
         if len(fields) < 3:
             raise frames.FrameError("an event without its number")
         number = frames.number(fields[0])
-        if number != self._received[rank] + 1 or self.states[rank] is State.FAILED:
+        if number != self._received[rank] + 1:
             return None
         self._received[rank] = number
         self._has_obeyed(rank, frames.number(fields[1]))

@@ -13,6 +13,11 @@ from __future__ import annotations
 from . import frames
 
 
+def world_of(payload: bytes) -> int:
+    """Return the number of the program whose barrier a gathering is for; raises FrameError."""
+    return frames.number(_fields(payload)[0])
+
+
 class Gathering:
     """What some nodes have brought to a barrier."""
 
@@ -36,16 +41,16 @@ class Gathering:
         """This node has arrived, or its ranks are over."""
         self._merge(nodes, puts, left, left < 0)
 
-    def take(self, payload: bytes) -> None:
-        """Add what a child has gathered; raises FrameError."""
-        fields = frames.unpack(payload)
-        if len(fields) != 6:
-            raise frames.FrameError("not a gathering")
+    def take(self, payload: bytes, node_count: int) -> None:
+        """Add what a child of a run of *node_count* has gathered; raises FrameError."""
+        fields = _fields(payload)
         number = frames.number(fields[1])
+        nodes = int.from_bytes(fields[2], "little")
+        if nodes >> node_count:
+            raise frames.FrameError(f"a gathering of more than {node_count} nodes")
         if number > self.number:
             self._begin(number)
         if number == self.number:
-            nodes = int.from_bytes(fields[2], "little")
             self._merge(nodes, fields[3], frames.number(fields[4]), fields[5] == b"1")
 
     def passed(self, number: int) -> None:
@@ -78,3 +83,10 @@ class Gathering:
         self.puts += puts
         self.left = max(self.left, left)
         self.waits = self.waits or waits
+
+
+def _fields(payload: bytes) -> list[bytes]:
+    fields = frames.unpack(payload)
+    if len(fields) != 6:
+        raise frames.FrameError("not a gathering")
+    return fields

@@ -125,6 +125,14 @@ def number(field: bytes) -> int:
     return int(field)
 
 
+def number_in(field: bytes, least: int, most: int) -> int:
+    """Return a decimal field, of this range; raises FrameError."""
+    value = number(field)
+    if not least <= value <= most:
+        raise FrameError(f"{value} is not between {least} and {most}")
+    return value
+
+
 class Decoder:
     """Bytes in, frames out: (kind, rank, payload)."""
 

@@ -152,6 +152,8 @@ class Hub:
             channel.close("protocol error: a child gives no orders")
 
     def _attached(self, channel: Channel, rank: int, payload: bytes) -> None:
+        if rank >= self._setup.size:
+            raise frames.FrameError(f"no node has rank {rank}")
         incarnation, count, _applied, _parent, where, _direct = introduction(payload)
         known = self._introductions.get(rank)
         if known is not None and known[0] == incarnation and known[1] >= count:

@@ -15,7 +15,7 @@ from _socket import AF_UNIX, SOCK_STREAM, socketpair
 from karun.pmi import Abort, BarrierUp, Proxy, Reply, environment, process_mapping
 
 from . import frames
-from .barrier import Gathering
+from .barrier import Gathering, world_of
 from .loop import READ, Loop, Timer
 from .setup import Setup
 
@@ -81,8 +81,8 @@ class Worlds:
 
     def take(self, payload: bytes) -> None:
         """Add what a child has gathered; raises FrameError."""
-        number = frames.number(frames.unpack(payload)[0])
-        self._gathering(number).take(payload)
+        number = world_of(payload)
+        self._gathering(number).take(payload, self._setup.size)
         self._pass_on(number)
 
     def again(self) -> None:

@@ -162,7 +162,7 @@ async def test_without_descriptors_a_door_stays_shut_for_a_moment_and_does_not_s
             assert next(iter(frames.Decoder().feed(challenge)))[0] == frames.CHALLENGE
 
 
-async def test_what_an_agent_says_wrong_ends_its_connection_and_others_it_cannot_be() -> None:
+async def test_an_agent_speaks_for_itself_only_and_is_out_when_it_says_what_none_says() -> None:
     async with karun.Run(["a", "b"], "local") as run:
         await run.launched()
         channels = {channel.peer: channel for channel in run.engine._hub.children}
@@ -171,12 +171,15 @@ async def test_what_an_agent_says_wrong_ends_its_connection_and_others_it_cannot
         channels[0].frame(channels[0], frames.EVENT, 1, lie)
         channels[0].frame(channels[0], frames.EVENT, 7, lie)
         assert run.engine.roster._received == received
-        for payload in (b"\xff", frames.pack("x"), frames.pack(1, 0, frames.OUTPUT, "x")):
-            with pytest.raises(frames.FrameError):  # on which the channel closes
-                channels[1].frame(channels[1], frames.EVENT, 1, payload)
         for payload in (b"", b"\xff", frames.pack(b"i", 1), frames.pack(b"i", "x", 0, 0, b"", 0)):
-            with pytest.raises(frames.FrameError):
+            with pytest.raises(frames.FrameError):  # on which the channel closes
                 channels[1].frame(channels[1], frames.ATTACH, 1, payload)
+        channels[1].frame(channels[1], frames.EVENT, 1, frames.pack(1, 0, frames.OUTPUT, "x"))
+        first, second = await run.command(["true"])
+    assert first.exit_code == 0
+    assert (second.stage, second.reason) == (
+        "lost", "said what no agent says: an event of kind 1 with 1 fields"
+    )  # fmt: skip
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

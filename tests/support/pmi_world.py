@@ -84,7 +84,7 @@ class Tree:
                 return
             self.messages += 1
             node = (node - 1) // 2
-            self._gatherings[node].take(news)
+            self._gatherings[node].take(news, len(self._gatherings))
 
     def _reached(self, root: Gathering) -> None:
         if not root.waits:

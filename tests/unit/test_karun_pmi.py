@@ -269,7 +269,7 @@ def test_garbage_gives_replies_or_one_abort(pieces: list[bytes]) -> None:
 @given(st.binary(max_size=100))
 def test_garbage_from_a_neighbour_is_an_error_of_frames_or_nothing(payload: bytes) -> None:
     with contextlib.suppress(FrameError):
-        Gathering().take(payload)
+        Gathering().take(payload, 8)
     proxy = Proxy("k", 1, [0])
     proxy.receive(0, INIT + BARRIER)
     proxy.released(payload)
@@ -325,10 +325,20 @@ def test_what_is_brought_twice_or_over_two_ways_counts_once() -> None:
     for part in (gathered(1, 2), gathered(1, 2), gathered(2, 1), gathered(3)):
         news = part.news(9)
         assert news is not None
-        head.take(news)
+        head.take(news, 4)
     assert head.has(0b1110)
     assert not head.has(0b1111)
     assert sorted(head.puts.splitlines()) == [b"key-1 value", b"key-2 value", b"key-3 value"]
+
+
+def test_nodes_that_the_run_has_not_bring_nothing() -> None:
+    head = Gathering()
+    news = gathered(4).news(9)
+    assert news is not None
+    with pytest.raises(FrameError):
+        head.take(news, 4)
+    head.take(news, 5)
+    assert head.has(1 << 4)
 
 
 def test_news_is_told_once_and_again_only_to_another_parent() -> None:
@@ -349,7 +359,7 @@ def test_an_earlier_barrier_is_passed_over_and_a_later_one_begins_anew() -> None
     for part in (late, early):
         news = part.news(9)
         assert news is not None
-        relay.take(news)
+        relay.take(news, 4)
     assert (relay.number, relay.nodes, relay.puts) == (2, 0b10, b"second 1\n")
 
 
