@@ -64,12 +64,17 @@ class Child:
         "needs",
         "pace",
         "place",
+        "present",
         "progress_s",
     )
 
-    def __init__(self, attempt: int, place: int, needs: int, count: int, now: float) -> None:
+    def __init__(
+        self, rank: int, attempt: int, place: int, needs: int, count: int, now: float
+    ) -> None:
         self.attempt = attempt
         self.place = place
+        self.present = 1 << rank
+        """Ranks of its subtree that it hears of, and itself; on the control tree."""
         self.needs = needs
         self.in_flight: set[int] = set()
         self.count = count
@@ -132,7 +137,7 @@ class Downstream:
         elif not self._is_put_off(peer, message, now):
             self._remove(peer, now)
             needs, count = node.mask(index) & ~have, (node.mask(index) & have).bit_count()
-            child = Child(message.attempt, message.place, needs, count, now)
+            child = Child(peer, message.attempt, message.place, needs, count, now)
             child.child_count = message.child_count
             if message.attempt > 1:  # it comes from another parent: the others are ahead
                 child.pace.owed_s = now + RAMP_S
@@ -412,6 +417,8 @@ class Downstream:
     def heard_alive(self, peer: int, message: Alive) -> None:
         child = self.children[peer]
         child.count = message.have_count
+        present = chunkset.decode(message.present, self.node.topology.rank_count)
+        child.present = present | 1 << peer
         child.pace.have_count = max(child.pace.have_count, message.have_count)
         child.child_count = message.child_count
 
@@ -420,6 +427,13 @@ class Downstream:
         fed = (child for child in self.children.values() if not child.demoted)
         mask = self.node.mask(self.index)  # what is lent is beside the race
         return max(((one.needs & mask).bit_count() for one in fed), default=0)
+
+    def present(self) -> int:
+        """Return the ranks of this node's subtree that it hears of, itself among them."""
+        present = 1 << self.node.rank
+        for child in self.children.values():
+            present |= child.present
+        return present
 
     def total(self) -> int:
         """Return what the subtrees of all children have, as they say."""

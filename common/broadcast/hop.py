@@ -45,6 +45,7 @@ from common.broadcast.passing import Pass
 from common.broadcast.topology import SOURCE, Topology
 from common.broadcast.upstream import Upstream, UpstreamState
 from common.broadcast.wire import (
+    NOTHING,
     Accept,
     Ack,
     Adopt,
@@ -536,7 +537,8 @@ class Hop:
             count = self._count(index)
             message = Alive(node.transfer, index, count, len(down.children))
             if up.state is UpstreamState.ATTACHED:
-                node.send(up.parent, message)
+                present = chunkset.encode(down.present()) if down.is_control else NOTHING
+                node.send(up.parent, message._replace(present=present))
             for peer in down.children:
                 node.send(peer, message)
 
@@ -562,7 +564,7 @@ class Hop:
             self._progress, self._progress_s = progress, now
         still_s = now - max(self._news_s, self._progress_s)
         grace_s = options.lost_grace_s + options.late_grace_s * ledger.some_never_joined()
-        graceless = still_s >= grace_s and ledger.all_open_are_lost()
+        graceless = still_s >= grace_s and ledger.all_open_are_lost(self.downs[-1].present())
         if graceless or not ledger.open_ranks():
             self._end("")
         elif now - self._progress_s >= options.quiet_s:
@@ -577,6 +579,7 @@ class Hop:
         for peer in self.downs[-1].children:
             node.send(peer, Finish(node.transfer))
         if node.rank == SOURCE:
+            node.ledger.lose_absent(self.downs[-1].present())
             summary = node.ledger.summary()
         else:
             own = node.ledger.entry(node.rank)

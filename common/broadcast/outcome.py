@@ -178,10 +178,28 @@ class Ledger:
         )
         return self._all & ~self._verified & ~failed
 
-    def all_open_are_lost(self) -> bool:
+    def all_open_are_lost(self, present: int) -> bool:
+        """Return whether all that are open are lost, or are not *present* and once were."""
+        lost = set(self._absent(present))
         return all(
-            self.entry(rank).verdict is Verdict.LOST for rank in chunkset.indexes(self.open_ranks())
+            rank in lost or self.entry(rank).verdict is Verdict.LOST
+            for rank in chunkset.indexes(self.open_ranks())
         )
+
+    def lose_absent(self, present: int) -> None:
+        """Note of ranks that have joined, and are open and not *present*, that they are lost.
+
+        Whoever was to say so may be lost itself, or know of an earlier attempt only.
+        """
+        for rank in self._absent(present):
+            self.lose(rank, self.entry(rank).attempt, "nobody hears of it any more")
+
+    def _absent(self, present: int) -> list[int]:
+        return [
+            rank
+            for rank in chunkset.indexes(self.open_ranks() & ~present)
+            if self.entry(rank).attempt >= _JOINED.attempt
+        ]
 
     def some_never_joined(self) -> bool:
         """Whether any of the open ranks has never attached."""

@@ -63,6 +63,8 @@ class Outcome:
     summary: Summary
     seconds: float
     """Until the last healthy node had verified."""
+    ended_s: float
+    """When the last node had ended; not before the scenario is calm."""
     chunks_sent: int
     duplicate_count: int
     damaged_count: int
@@ -544,6 +546,7 @@ class Simulation:
         return Outcome(
             summary=summary,
             seconds=max((machine.verified_s for machine in healthy), default=0.0),
+            ended_s=self.now,
             chunks_sent=self.chunks_sent,
             duplicate_count=sum(machine.hop.duplicate_count for machine in self._machines),
             damaged_count=sum(machine.hop.damaged_count for machine in self._machines),

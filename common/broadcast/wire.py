@@ -13,6 +13,7 @@ from common.messages import Catalogue
 
 __all__ = [
     "HOP",
+    "NOTHING",
     "Accept",
     "Ack",
     "Adopt",
@@ -107,6 +108,8 @@ class Alive(NamedTuple):
     have_count: int
     """Chunks of this tree that the sender has; on the control tree: of its whole subtree."""
     child_count: int
+    present: bytes = NOTHING
+    """On the control tree, to the parent: ranks of the sender's subtree that it hears of."""
 
 
 @HOP.message(8)

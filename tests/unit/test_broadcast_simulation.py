@@ -240,6 +240,46 @@ def test_everybody_dead_is_exit_code_1() -> None:
 # ---------------------------------------------------------------- anything
 
 
+def deaths(rng: random.Random) -> Scenario:
+    """Some nodes are gone for good, alone or with the next, while others have their troubles."""
+    count, chunk_count = rng.randint(3, 14), rng.randint(40, 120)
+    kind = rng.choice((Kind.CHAIN, Kind.BINARY, Kind.KARY, Kind.STRIPES, Kind.LAMBDA))
+    rate = 125e6 / rng.randint(3, 10)
+    ideal_s = chunk_count * (1 << 18) / rate
+    faults: dict[int, Fault] = {}
+    for _ in range(rng.randint(1, 3)):
+        rank, at_s = rng.randint(1, count), rng.uniform(0.1, 1.2) * ideal_s
+        for one in range(rank, min(count, rank + rng.randint(0, 1)) + 1):
+            how = rng.choice((FaultKind.KILL, FaultKind.POWER_OFF))
+            faults.setdefault(one, Fault(how, one, at_s))
+    troubles = []
+    for _ in range(rng.randint(0, 3)):
+        rank, at_s = rng.randint(1, count), rng.uniform(0, ideal_s)
+        how = rng.choice((FaultKind.PAUSE, FaultKind.CUT, FaultKind.SLOW, FaultKind.SINK_HANGS))
+        until_s = 0.0 if how is FaultKind.SLOW else at_s + rng.uniform(0.1, 2)
+        other = (rank + rng.randint(1, count)) % (count + 1) if how is FaultKind.CUT else -1
+        troubles.append(Fault(how, rank, at_s, until_s, other))
+    return Scenario(
+        Shape(kind, (count,), fanout=2),
+        chunk_count=chunk_count,
+        link_rate=rate,
+        faults=(*faults.values(), *troubles),
+        calm_s=1.5 * ideal_s + 3,
+        options=HopOptions(expected_rate=rate, lost_grace_s=3, quiet_s=60, verify_count_max=6),
+    )
+
+
+@pytest.mark.parametrize("first", range(0, 300, 50))
+def test_whoever_is_gone_for_good_is_lost_and_not_waited_for(first: int) -> None:
+    for seed in range(first, first + 50):
+        scenario = deaths(random.Random(seed))
+        print(f"seed {seed}: {scenario}")
+        found = play(scenario, seed)
+        verdicts = {entry.verdict for entry in found.summary.others.values()}
+        assert verdicts <= {Verdict.LOST}
+        assert found.ended_s < max(scenario.calm_s, *found.finished_s.values(), 0) + 8
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_with_random_faults_all_healthy_nodes_finish(seed: int) -> None:
     run_seed(seed, receivers=30, chunks=32)

@@ -115,10 +115,32 @@ def test_who_never_joined_is_told_from_who_did_not_report() -> None:
 
 def test_only_who_has_never_joined_is_waited_for_as_one_who_may_be_summing() -> None:
     ledger = told([("lose", 1, 1)] + [("verify", rank, 1) for rank in range(2, COUNT + 1)])
-    assert ledger.all_open_are_lost()
+    assert ledger.all_open_are_lost(0)
     assert ledger.some_never_joined()
     ledger.join(1, 1)
-    assert ledger.all_open_are_lost()
+    assert ledger.all_open_are_lost(0)
     assert not ledger.some_never_joined()
     restarted = told([("verify", rank, 1) for rank in range(2, COUNT + 1)] + [("lose", 1, 2)])
     assert not restarted.some_never_joined()
+
+
+def test_who_has_joined_and_is_heard_of_by_nobody_is_lost_whatever_was_said_of_it() -> None:
+    """As when it attached once more, and who saw it was lost with it."""
+    others = [("verify", rank, 1) for rank in range(3, COUNT + 1)]
+    ledger = told([("lose", 1, 1), ("join", 1, 2), *others])
+    ledger.join(2, 1)
+    assert not ledger.all_open_are_lost(0b110)
+    assert not ledger.all_open_are_lost(0b100)
+    assert ledger.all_open_are_lost(0)
+    ledger.lose_absent(0b100)
+    assert (ledger.entry(1).verdict, ledger.entry(1).attempt) == (Verdict.LOST, 2)
+    assert ledger.entry(2).verdict is Verdict.PENDING
+    ledger.join(1, 3)
+    assert ledger.entry(1).verdict is Verdict.PENDING, "it came back"
+
+
+def test_who_never_joined_is_not_lost_for_not_being_heard_of() -> None:
+    ledger = told([("verify", one, 1) for one in range(2, COUNT + 1)])
+    assert not ledger.all_open_are_lost(0)
+    ledger.lose_absent(0)
+    assert ledger.summary().others[1].reason == "never joined"
