@@ -5,7 +5,6 @@ Errors are one line on standard error; exit codes are those of `common.errors`.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -93,8 +92,10 @@ def up(
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     host.create(iods)
-    started = host.start(click.echo)
+    before = host.running()
+    is_up = False
     try:
+        host.start(click.echo)
         if mountpoint is not None:
             where = mounting.resolve(mountpoint)
             mounting.mount_in_background(host.config_path, where, options)
@@ -104,12 +105,15 @@ def up(
             return
         click.echo(f"export NFSP_CLUSTER={host.config_path}")
         click.echo("the cluster runs; Ctrl-C stops it")
-    except BaseException:
-        host.stop_daemons(started, lambda line: None)
-        raise
-    with contextlib.suppress(KeyboardInterrupt):
+        is_up = True
         _watch(host)
-    host.stop(click.echo, force=True)
+    except BaseException as error:
+        if is_up and isinstance(error, KeyboardInterrupt):
+            host.stop(click.echo, force=True)
+            return
+        # An interrupt may have come before anybody here knew of what it has started.
+        host.stop(lambda line: None, force=True, but=before)
+        raise
 
 
 def _interrupt(number: int, frame: object) -> NoReturn:

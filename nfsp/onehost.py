@@ -11,7 +11,7 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import trio
 
 from common.config import make_key
 from common.errors import Code, KaError
-from nfsp.config import ClusterConfig, load_cluster
+from nfsp.config import load_cluster
 from nfsp.mds.daemon import mkfs
 from nfsp.process import PidFile, spawn, stop
 
@@ -93,24 +93,17 @@ class OneHost:
                 lines.append(f'data = "{name}"')
         return "\n".join(lines) + "\n"
 
-    def start(self, say: Callable[[str], None]) -> list[str]:
-        """Start every daemon that is not running; return their names.
+    def running(self) -> set[str]:
+        """Return what runs from this directory: names of daemons, and mount points."""
+        daemons = {name for name in self._daemons() if self.pid_file(name).owner() is not None}
+        return daemons | {str(mountpoint) for mountpoint, _ in self.mounts()}
 
-        Raises KaError if one cannot; then, or interrupted, stops those that it has started.
-        """
-        config, _key = load_cluster(self.config_path)
-        started: list[str] = []
-        try:
-            for kind, number in self._daemons(config):
-                name = f"{kind}{number}"
-                if self.pid_file(name).owner() is None:
-                    self.start_daemon(kind, number)
-                    started.append(name)
-                    say(f"{name} started")
-        except BaseException:
-            self.stop_daemons(started, lambda line: None)
-            raise
-        return started
+    def start(self, say: Callable[[str], None]) -> None:
+        """Start every daemon that is not running; raises KaError if one cannot."""
+        for name in self._daemons():
+            if self.pid_file(name).owner() is None:
+                self.start_daemon(name[:3], int(name[3:]))
+                say(f"{name} started")
 
     def start_daemon(self, kind: str, number: int) -> int:
         """Start one daemon; return its pid when it can be reached."""
@@ -122,8 +115,10 @@ class OneHost:
         except KaError as error:
             raise KaError(error.code, f"{kind}{number}: {error.message}") from None
 
-    def stop(self, say: Callable[[str], None], *, force: bool = False) -> None:
-        """Unmount and stop everything that runs from this directory.
+    def stop(
+        self, say: Callable[[str], None], *, force: bool = False, but: Collection[str] = ()
+    ) -> None:
+        """Unmount and stop everything that runs from this directory, *but* what was `running`.
 
         Raises KaError EBUSY, with the daemons left running, while a mount is in use; *force* takes
         the mount away from its users.
@@ -131,6 +126,8 @@ class OneHost:
         from nfsp.mounting import detach, unmount
 
         for mountpoint, pid_file in self.mounts():
+            if str(mountpoint) in but:
+                continue
             try:
                 unmount(mountpoint, timeout_s=FORCE_TIMEOUT_S if force else None, say=say)
                 say(f"unmounted {mountpoint}")
@@ -142,15 +139,10 @@ class OneHost:
                 if pid is not None:
                     stop(pid, pid_file.owner)
                 say(f"unmounted {mountpoint} by force: {error.message}")
-        config, _key = load_cluster(self.config_path)
-        self.stop_daemons([f"{kind}{number}" for kind, number in self._daemons(config)], say)
-
-    def stop_daemons(self, names: list[str], say: Callable[[str], None]) -> None:
-        """Stop these daemons where they run, the last one first."""
-        for name in reversed(names):
+        for name in reversed(self._daemons()):
             pid_file = self.pid_file(name)
             pid = pid_file.owner()
-            if pid is not None:
+            if pid is not None and name not in but:
                 gentle = stop(pid, pid_file.owner)
                 say(f"{name} stopped{'' if gentle else ' by force'}")
 
@@ -170,10 +162,10 @@ class OneHost:
     def pid_file(self, name: str) -> PidFile:
         return PidFile(self.directory / "run" / f"{name}.pid")
 
-    @staticmethod
-    def _daemons(config: ClusterConfig) -> list[tuple[str, int]]:
-        """Return (kind, id) in the order in which they are started."""
-        return [("iod", iod.id) for iod in config.iod] + [("mds", mds.id) for mds in config.mds]
+    def _daemons(self) -> list[str]:
+        """Return their names, in the order in which they are started."""
+        config, _key = load_cluster(self.config_path)
+        return [f"iod{iod.id}" for iod in config.iod] + [f"mds{mds.id}" for mds in config.mds]
 
 
 @contextlib.contextmanager

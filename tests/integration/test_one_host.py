@@ -82,6 +82,34 @@ def test_an_interrupt_at_any_moment_of_the_start_leaves_nothing(base: Path, numb
     nothing_is_left(base)
 
 
+def test_a_start_that_fails_after_its_mount_takes_that_away_as_well(base: Path) -> None:
+    process = up_in_foreground(base)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    while "mds0 started" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()  # what it says next is that it has mounted
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 1
+    process.stderr.close()
+    nothing_is_left(base)
+
+
+def test_an_interrupted_start_leaves_what_ran_before(base: Path) -> None:
+    assert nfsp("up", base / "c", "--iods", "2", "--daemon").returncode == 0
+    before = processes(base)
+    assert len(before) == 3
+    process = up_in_foreground(base)
+    wait_until(lambda: os.path.ismount(base / "m"), "a mount")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode in (0, 130)
+    left = processes(base)
+    assert left == (before if process.returncode else [])
+    assert not leaks.mounts_below(base)
+    nfsp("down", base / "c")
+
+
 def test_the_end_takes_the_mount_away_from_its_users(base: Path) -> None:
     process = up_in_foreground(base)
     assert process.stdout is not None
