@@ -27,7 +27,7 @@ from karun.agent.process import OUT_OF_TIME, SIGKILL
 from karun.agent.setup import AUTO, QUEUED_S, Dialling, Setup
 from karun.archive import Archive
 from karun.connectors import Connector
-from karun.feed import FEED_SIZE_MAX, Feed
+from karun.feed import Feed
 from karun.latecomers import AGAIN_S, Latecomers
 from karun.orders import TIMEOUT, Command, Commands, Invocation, Sink
 from karun.pmi import MISSED
@@ -322,7 +322,7 @@ class Engine:
         if kind == frames.OUTPUT:
             command.sink.output(rank, frames.number_in(fields[1], 1, 2), fields[2])
         elif kind == frames.CONSUMED and command.feed is not None:
-            command.feed.consumed(rank, frames.number_in(fields[1], 0, FEED_SIZE_MAX))
+            command.feed.consumed(rank, frames.number(fields[1]))
         elif kind == frames.EXITED:
             code = frames.number_in(fields[1], OUT_OF_TIME, CODE_MAX)
             signal = frames.number_in(fields[2], 0, SIGNAL_MAX)

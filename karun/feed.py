@@ -38,10 +38,10 @@ class Feed:
             self._done = self._sent
 
     def consumed(self, rank: int, size: int) -> None:
-        """A node has taken so many bytes more."""
+        """A node has taken so many bytes more; it is not believed to have taken others' share."""
         if rank in self._taken:
             before = self._taken[rank]
-            self._taken[rank] = after = before + size
+            self._taken[rank] = after = min(before + max(0, size), self._sent)
             self._count(before, after)
 
     def gone(self, rank: int) -> None:

@@ -12,6 +12,7 @@ from karun.agent.channel import Channel
 from karun.archive import Archive
 from karun.connectors import local
 from karun.engine import Engine, Limits
+from karun.feed import CHUNK_SIZE
 from karun.lines import STDERR, STDOUT
 from karun.nodes import Names
 from karun.orders import Invocation
@@ -128,3 +129,25 @@ def test_a_node_that_lies_harms_nobody_else(form: Form, said: list[Frame]) -> No
 @given(st.sampled_from(Form), st.lists(EVENTS, max_size=12))
 def test_nor_does_it_where_another_passes_on_what_it_says(form: Form, said: list[Frame]) -> None:
     _lies(form, said, relayed=True)
+
+
+@given(st.lists(NUMBERS, max_size=8))
+def test_nor_does_it_keep_input_from_others(sizes: list[int]) -> None:
+    head = _Head(Form.LABELLED, relayed=False)
+    engine = head.engine
+    command = engine.command(Invocation(("cat",), fed=True), head.sink, ranks=[HONEST, LIAR])
+    number, feed = command.number, command.feed
+    assert feed is not None
+    try:
+        for size in sizes:
+            engine.feed(command, b"x" * 1000)
+            head.hear(LIAR, frames.EVENT, LIAR, (frames.CONSUMED, number, size))
+        sent_size = 1000 * len(sizes)
+        while feed.room:
+            engine.feed(command, b"x" * CHUNK_SIZE)
+            sent_size += CHUNK_SIZE
+        head.hear(HONEST, frames.EVENT, HONEST, (frames.CONSUMED, number, sent_size))
+        head.hear(LIAR, frames.EVENT, LIAR, (frames.EXITED, number, 0, 0))
+        assert feed.room
+    finally:
+        head.close()
