@@ -39,7 +39,8 @@ class _LocalLink(SshLink):
             [sys.executable, str(self._program), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=self._node.environment,
+            # What it keeps while it works goes with the directory: it is killed at the end.
+            env={**self._node.environment, "TMPDIR": str(self._program.parent)},
         )
         try:
             yield process
