@@ -178,15 +178,14 @@ def in_session(
     subprocess.run(
         [KARUN, *start], env=environment, check=True, stdout=subprocess.DEVNULL, timeout=LIMIT_S
     )
+    run = [KARUN, "run", "--session", "default", "-n", "-b", "-S"]
     commands = {f"all nodes{which}": ["--", program] for which, program in programs.items()}
     commands["one node"] = ["-w", nodes[0], "--", programs[""]]
     times: dict[str, list[float]] = {}
     try:
         for name, words in commands.items():
             for _ in range(runs):
-                code, took_s = timed(
-                    [KARUN, "run", "--session", "default", "-n", "-b", "-S", *words], environment
-                )
+                code, took_s = timed([*run, *words], environment)
                 if code:
                     raise KaError(Code.UNREACHABLE, f"a command in a session ended with {code}")
                 times.setdefault(name, []).append(took_s)
@@ -282,6 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--systems", default="", help="comma-separated; all without")
     parser.add_argument("--no-install", action="store_true")
     options = parser.parse_args(arguments)
+    if min(options.nodes, options.runs, options.window) < 1:
+        parser.error("--nodes, --runs and --window take whole numbers from 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sshd and its keys go
     try:
         packages.ensure(PROGRAMS, may_install=not options.no_install)

@@ -17,14 +17,10 @@ from karun.lines import STDERR, STDOUT
 from karun.nodes import Names
 from karun.orders import Invocation
 from karun.output import Form, Style, make_printer
+from karun.roster import _FIELD_COUNTS as FIELD_COUNTS
 
 NODES = ("honest", "liar", "absent")
 HONEST, LIAR, ABSENT = range(3)
-FIELD_COUNTS = {
-    frames.OUTPUT: 3, frames.EXITED: 3, frames.FAILED: 4, frames.LOST: 3, frames.CONSUMED: 2,
-    frames.ABORTED: 4,
-}  # fmt: skip
-
 NUMBERS = st.integers(-2, 5) | st.sampled_from((127, 255, 65535, 10**9, 10**19, -(10**9)))
 FIELDS = NUMBERS | st.binary(max_size=3) | st.sampled_from(("connect:timeout", "lost", "1", ""))
 RANKS = st.sampled_from((HONEST, LIAR, ABSENT, 3, frames.HEAD, frames.ALL))
