@@ -99,6 +99,7 @@ class Engine:
         self._failures: dict[int, tuple[str, str]] = {}
         self.latecomers = Latecomers(limits.late_s)
         self._launched_s = monotonic()
+        self._resync_due = False
         self.launched: Callable[[], None] = _nothing
         self.closed = False
         setup = Setup(
@@ -270,7 +271,9 @@ class Engine:
         if not welcome:
             self._hub.send(rank, frames.REFUSE, answer)
             # The way to the node that was welcome now leads to the one that is not.
-            self.loop.at(RESYNC_S, lambda: self._hub.broadcast(frames.RESYNC, b""))
+            if not self._resync_due:
+                self._resync_due = True
+                self.loop.at(RESYNC_S, self._resync)
             return
         self._hub.send(rank, frames.WELCOME, answer)
         for order in orders:
@@ -278,6 +281,10 @@ class Engine:
         if first:
             self.latecomers.attached(rank, monotonic() - self._launched_s)
             self._check_launched()
+
+    def _resync(self) -> None:
+        self._resync_due = False
+        self._hub.broadcast(frames.RESYNC, b"")
 
     def _event(self, rank: int, kind: int, fields: list[bytes]) -> None:
         if kind == frames.LOST:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import karun.engine
 from karun.agent import frames
 from karun.agent.channel import Channel
 from karun.archive import Archive
@@ -91,11 +93,19 @@ class _Head:
         if kind == frames.EVENT and about == node:
             self._told[node] += 1
             fields = (self._told[node], 0, *fields)
+        self.say(node, frames.encode(kind, about, frames.pack(*fields)))
+
+    def say(self, node: int, data: bytes) -> None:
         try:
-            self._ends[node].send(frames.encode(kind, about, frames.pack(*fields)))
+            self._ends[node].send(data)
         except BrokenPipeError:
             pass
         self.engine.step()
+
+    def heard_by(self, node: int) -> list[int]:
+        """Return the kinds of the frames that the head has sent since this was last asked."""
+        data = self._ends[node].recv(1 << 20)
+        return [kind for kind, _rank, _payload in frames.Decoder().feed(data)]
 
     def close(self) -> None:
         self.engine.close()
@@ -145,5 +155,23 @@ def test_nor_does_it_keep_input_from_others(sizes: list[int]) -> None:
         head.hear(HONEST, frames.EVENT, HONEST, (frames.CONSUMED, number, sent_size))
         head.hear(LIAR, frames.EVENT, LIAR, (frames.EXITED, number, 0, 0))
         assert feed.room
+    finally:
+        head.close()
+
+
+def test_nor_does_it_make_all_introduce_themselves_each_time_that_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(karun.engine, "RESYNC_S", 0.0)
+    head = _Head(Form.LABELLED, relayed=False)
+    try:
+        for first in (1, 6):
+            strangers = [
+                frames.encode(frames.ATTACH, LIAR, frames.pack(b"j", count, 0, frames.HEAD, b"", 0))
+                for count in range(first, first + 5)
+            ]
+            head.say(LIAR, b"".join(strangers))
+            head.engine.step()
+            assert head.heard_by(HONEST).count(frames.RESYNC) == 1
     finally:
         head.close()
