@@ -31,6 +31,7 @@ from karun.engine import CONNECT_S, Engine, Limits
 from karun.joined import Joined
 from karun.mpi import Program, run_program, unit_names
 from karun.orders import Sink
+from karun.roster import State
 
 __all__ = [
     "Copied", "CopyOptions", "Crew", "Joined", "Limits", "Outcome", "Program", "Run", "Sink",
@@ -114,6 +115,9 @@ class Run(Crew):
     @property
     def onehost(self) -> bool:
         return self.connector.onehost
+
+    def is_out(self, rank: int) -> bool:
+        return self.engine.roster.states[rank] is State.FAILED
 
     @property
     def came_s(self) -> Mapping[int, float]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from karun.cli_where import split, where_options
+from karun.cli_where import session_option, split_joined, where_options
 from karun.watching import Watch, main
 
 __all__ = ["top"]
@@ -15,6 +15,7 @@ __all__ = ["top"]
 
 @click.command(epilog="Example: karun top -w node[1-200], or --once --json for a program")
 @where_options
+@session_option
 @click.option("--interval", "interval_s", type=click.FloatRange(0.1, 3600), default=2.0,
               show_default=True, metavar="S", help="Seconds between two samples.")  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one table and end.")
@@ -27,5 +28,5 @@ def top(**options: Any) -> None:
 
     `q` or Ctrl-C ends it.  In a pipe, a plain table each period.
     """
-    where, rest = split(options)
+    where, rest = split_joined(options)
     sys.exit(main(where, Watch(**rest)))

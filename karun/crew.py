@@ -73,6 +73,10 @@ class Crew(abc.ABC):
     def onehost(self) -> bool:
         """Whether all nodes are this machine."""
 
+    @abc.abstractmethod
+    def is_out(self, rank: int) -> bool:
+        """Say whether it takes another crew to reach a node that this one has, or had."""
+
     @property
     def came_s(self) -> Mapping[int, float]:
         """By rank of nodes that could not be reached at first: when they came, in seconds."""

@@ -75,6 +75,10 @@ class Joined(Crew):
     def onehost(self) -> bool:
         return self.orders.onehost
 
+    def is_out(self, rank: int) -> bool:
+        """The session calls no node again, so they are all out when it has ended, and else none."""
+        return self._orders is None or self._orders.closed
+
 
 class _Orders:
     """`karun.orders.Orders`, over the connection to a session."""

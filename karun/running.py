@@ -112,9 +112,22 @@ class InSession:
     nodes: tuple[str, ...]
     """What -w says; if it is not said, all are meant."""
 
+    def names(self) -> list[str]:
+        """Return the nodes, of which the session is asked; raises KaError, as joining it does."""
+        return trio.run(_names_of, self.crew())
+
+    def run(self, names: list[str]) -> Crew:
+        """Return these nodes of the session, not yet joined."""
+        return api.Joined(self.session, names)
+
     def crew(self) -> Crew:
         """Return these nodes, not yet joined; raises KaError USAGE."""
         return api.Joined(self.session, nodes.select(self.nodes) if self.nodes else None)
+
+
+async def _names_of(crew: Crew) -> list[str]:
+    async with crew:
+        return crew.nodes
 
 
 def main(where: Where, options: Options) -> int:

@@ -1,12 +1,13 @@
 """What `karun shell` does: a prompt, and the nodes that stay connected behind it.
 
 Two threads.  The main one has the terminal: it reads lines (karun/prompt_loop.py) and hears Ctrl-C
-and ENTER while a command runs.  The other runs trio, and holds the runs.  They meet in `_Job`s,
+and ENTER while a command runs.  The other runs trio, and holds the nodes.  They meet in `_Job`s,
 which the first hands over through trio's token, and in a pipe on which the second says that one is
 done.  Output is printed by the second, while the first waits.
 
 Nodes are called when they are first needed and kept; one that was lost or could not be reached is
-called again by the next command for it, as after a reboot.
+called again by the next command for it, as after a reboot.  With a session they are its nodes,
+which it keeps; only when it has ended are they looked for again, in a new one of its name.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from time import monotonic
 
 import trio
 
-from common.errors import KaError
-from karun.api import Run
+from common.errors import KaError, first_error
+from karun.crew import Crew
 from karun.lines import STDERR
 from karun.nodes import Names
 from karun.options import Options, printing
@@ -28,8 +29,7 @@ from karun.output import Form, Printer
 from karun.progress import Progress
 from karun.prompt import FORMS, Settings
 from karun.prompt_loop import history_file, loop, with_history
-from karun.roster import State
-from karun.running import AGAIN_S, EXIT_INTERRUPTED, Where
+from karun.running import AGAIN_S, EXIT_INTERRUPTED, InSession, Where
 from karun.terminal import TERMINAL
 
 __all__ = ["main"]
@@ -37,7 +37,7 @@ __all__ = ["main"]
 STDIN = 0
 
 
-def main(where: Where) -> int:
+def main(where: Where | InSession) -> int:
     """Obey the prompt until its end; return the exit code of the last command."""
     settings = Settings(tuple(where.names()))
     with _Nodes(where) as held:
@@ -62,7 +62,7 @@ class _Job:
 class _Nodes:
     """The thread that holds the nodes, seen from the other one; a context manager."""
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Where | InSession) -> None:
         self._held = _Held(where)
         self._thread = threading.Thread(target=trio.run, args=(self._held.serve,))
 
@@ -122,12 +122,12 @@ def _options(settings: Settings) -> Options:
 
 
 class _Held:
-    """The runs, on trio."""
+    """The crews, on trio."""
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Where | InSession) -> None:
         self._where = where
-        self._at: dict[str, tuple[Run, int]] = {}
-        """For each node: the run that it is in, and its rank there."""
+        self._at: dict[str, tuple[_Kept, int]] = {}
+        """For each node: the crew that it is in, and its rank there."""
         self._calling = trio.Lock()
         """Held while nodes are called, so that the next job does not call them once more."""
         self.done_fd, self._tell_fd = os.pipe()
@@ -166,37 +166,65 @@ class _Held:
     def _is_out(self, name: str) -> bool:
         if name not in self._at:
             return True
-        run, rank = self._at[name]
-        return run.engine.roster.states[rank] is State.FAILED
+        kept, rank = self._at[name]
+        return kept.crew.is_out(rank)
 
     async def _call(self, names: list[str]) -> None:
         if names:
-            run = self._where.run(names)
-            await self._nursery.start(_hold, run)
-            self._at.update({name: (run, rank) for rank, name in enumerate(names)})
+            kept = _Kept(self._where.run(names))
+            await self._nursery.start(kept.keep)
+            self._at.update({name: (kept, rank) for rank, name in enumerate(names)})
 
     async def _command(self, names: Sequence[str], text: str, printer: Printer) -> None:
-        places: dict[Run, dict[int, int]] = {}
+        places: dict[_Kept, dict[int, int]] = {}
         for place, name in enumerate(names):
-            run, rank = self._at[name]
-            places.setdefault(run, {})[rank] = place
+            kept, rank = self._at[name]
+            places.setdefault(kept, {})[rank] = place
+        try:
+            async with trio.open_nursery() as nursery:
+                for kept, ranks in places.items():
+                    nursery.start_soon(kept.command, text, _Part(printer, ranks))
+        except BaseExceptionGroup as group:
+            raise first_error(group) from None
+
+
+class _Kept:
+    """A crew that stays for many commands; a session's can end in the middle of one."""
+
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
+        self._error: KaError | None = None
+        self._ended = trio.Event()
+
+    async def keep(self, task_status: trio.TaskStatus[None]) -> None:
+        """Keep it until cancelled; raises KaError only before it is there."""
+        is_there = False
+        try:
+            async with self.crew:
+                is_there = True
+                task_status.started()
+                await trio.sleep_forever()
+        except KaError as error:
+            if not is_there:
+                raise
+            self._error = error
+            self._ended.set()
+
+    async def command(self, text: str, part: _Part) -> None:
+        """Run a line; raises KaError when the crew ends meanwhile."""
         async with trio.open_nursery() as nursery:
-            for run, ranks in places.items():
-                nursery.start_soon(_command, run, text, _Part(printer, ranks))
+            nursery.start_soon(self._raise_when_ended)
+            await self.crew.command([text], line=True, sink=part, ranks=list(part.places))
+            nursery.cancel_scope.cancel()
 
-
-async def _hold(run: Run, task_status: trio.TaskStatus[None]) -> None:
-    async with run:
-        task_status.started()
-        await trio.sleep_forever()
-
-
-async def _command(run: Run, text: str, part: _Part) -> None:
-    await run.command([text], line=True, sink=part, ranks=list(part.places))
+    async def _raise_when_ended(self) -> None:
+        await self._ended.wait()
+        assert self._error is not None
+        raise self._error
 
 
 class _Part:
-    """The nodes of one run among those that a printer knows."""
+    """The nodes of one crew among those that a printer knows."""
 
     def __init__(self, printer: Printer, places: dict[int, int]) -> None:
         self._printer = printer

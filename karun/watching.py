@@ -22,11 +22,12 @@ import trio
 
 from common.errors import first_error
 from common.signals import on_signal
-from karun import api, nodes
+from karun import nodes
+from karun.crew import Crew
 from karun.lines import STDOUT, Lines
 from karun.output import CODE_NO_READER
 from karun.results import CODE_UNREACHABLE
-from karun.running import EXIT_INTERRUPTED, Where
+from karun.running import EXIT_INTERRUPTED, InSession, Where
 from karun.sampler import decode
 from karun.terminal import TERMINAL
 from karun.top import Monitor, Rates, Row, to_text
@@ -52,7 +53,7 @@ class Watch:
     only_alarms: bool = False
 
 
-def main(where: Where, watch: Watch) -> int:
+def main(where: Where | InSession, watch: Watch) -> int:
     """Watch until stopped; return the exit code.  Raises KaError for an unknown column."""
     names = where.names()
     view = _View(nodes.Names(names), watch)
@@ -122,7 +123,7 @@ class _View:
 _NOTHING = {field.name: None for field in fields(Rates)}
 
 
-async def _watch(run: api.Run, view: _View) -> int:
+async def _watch(run: Crew, view: _View) -> int:
     watch = view.watch
     is_over = False
     async with trio.open_nursery() as nursery:

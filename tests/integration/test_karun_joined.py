@@ -210,6 +210,50 @@ def test_a_node_that_the_session_has_lost_is_named(tmp_path: Path) -> None:
     shell("session", "stop")
 
 
+# ------------------------------------------------------------ the prompt, and the load
+
+
+def test_a_prompt_in_a_session_talks_to_its_agents_and_calls_nobody(shell: Shell) -> None:
+    agents = shell("run", "--session", "default", "-w", "n[2,4]", "echo $PPID").stdout
+    lines = b"echo $PPID\n-w n9\necho never\n-w n5\necho $KARUN_NODE\n"
+    done = shell("shell", "--session", "default", "-w", "n[2,4]", stdin=lines)
+    said = done.stdout.splitlines()
+    assert sorted(said[:2]) == sorted(agents.splitlines())
+    assert said[2:4] == [b"karun: not in this session: n9", b"n5: n5"]
+    everybody = shell("shell", "--session", "default", stdin=b":nodes\n").stdout
+    assert everybody == b"n[1-6] (6)\n\n"
+
+
+def test_a_prompt_outlives_its_session_and_goes_on_in_the_next_one(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    start = ("session", "start", "--via", "local", "-w", "n1")
+    shell(*start)
+    prompt = subprocess.Popen(
+        shell.command("shell", "--session", "default"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=shell.env,
+    )  # fmt: skip
+    assert prompt.stdin is not None
+    assert prompt.stdout is not None
+    prompt.stdin.write(f"touch {tmp_path}/begun; sleep 60\n".encode())
+    prompt.stdin.flush()
+    wait_until((tmp_path / "begun").exists, "the command")
+    assert shell("session", "stop").returncode == 0
+    assert prompt.stdout.readline() == b"karun: the session has ended\n"
+    shell(*start)
+    said, _ = prompt.communicate(b"echo back\n", timeout=30)
+    assert said == b"n1: back\n\n"
+    shell("session", "stop")
+
+
+def test_the_load_of_a_session_is_that_of_its_nodes(shell: Shell) -> None:
+    done = shell("top", "--session", "default", "-w", "n[3,5]", "--once", "--json", "--interval",
+                 "0.1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *nodes, summary = map(json.loads, done.stdout.splitlines())
+    assert [one["node"] for one in nodes if one["load"] is not None] == ["n3", "n5"]
+    assert summary == {"type": "summary", "nodes": 2, "known": 2}
+
+
 # ------------------------------------------------------------ what is wrong
 
 
@@ -227,6 +271,11 @@ def test_a_node_that_the_session_has_lost_is_named(tmp_path: Path) -> None:
         (["copy", "--session", "default", "-w", "", "/etc/passwd", "b"], 2,
          "no nodes: -w names an empty set"),
         (["run", "--session", "default", "-w", "", "true"], 2, "no nodes: -w names an empty set"),
+        (["shell", "--session", "default", "--via", "ssh"], 2,
+         "--via does not go with --session (of its nodes -w chooses some)"),
+        (["shell", "--session", "nope"], 3,
+         "no session 'nope' (karun session start --name nope -w ...)"),
+        (["top", "--session", "default", "-w", "n7"], 2, "not in this session: n7"),
         (["copy", "/etc/passwd", "b"], 2, "no nodes: name some by -w, -g, -a or --hostfile"),
         (["gather", "--session", "nope", "a", "b"], 3,
          "no session 'nope' (karun session start --name nope -w ...)"),
