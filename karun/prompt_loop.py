@@ -17,7 +17,7 @@ from common.errors import KaError
 from karun.nodes import Groups, Names
 from karun.prompt import HELP, Kind, Line, Settings, change, parse
 
-__all__ = ["history_file", "loop", "with_history"]
+__all__ = ["ask", "history_file", "loop", "with_history"]
 
 PROMPT_SIZE_MAX = 40
 HISTORY_COUNT_MAX = 1000
@@ -30,7 +30,7 @@ def loop(
     settings: Settings,
     run: Run,
     *,
-    read: Callable[[str], str] = input,
+    read: Callable[[str], str],
     say: Callable[[str], None] = print,
     groups: Groups | None = None,
 ) -> int:
@@ -41,7 +41,6 @@ def loop(
         try:
             line = parse(read(_prompt(settings)))
         except EOFError:
-            say("")
             return code
         except KeyboardInterrupt:
             say("")
@@ -84,6 +83,15 @@ def _obey(
     else:
         settings = change(settings, line, site.expand)
     return settings, code
+
+
+def ask(prompt: str) -> str:
+    """Read a line at the terminal, and begin a new one there when it was the end."""
+    try:
+        return input(prompt)
+    except EOFError:
+        print()
+        raise
 
 
 def history_file() -> Path:

@@ -28,7 +28,7 @@ from karun.options import Options, printing
 from karun.output import Form, Printer
 from karun.progress import Progress
 from karun.prompt import FORMS, Settings
-from karun.prompt_loop import history_file, loop, with_history
+from karun.prompt_loop import ask, history_file, loop, with_history
 from karun.running import AGAIN_S, EXIT_INTERRUPTED, InSession, Where
 from karun.terminal import TERMINAL
 
@@ -45,7 +45,7 @@ def main(where: Where | InSession) -> int:
         if not os.isatty(STDIN):
             return loop(settings, held.run, read=lambda _prompt: input())
         with with_history(history_file()):
-            return loop(settings, held.run)
+            return loop(settings, held.run, read=ask)
 
 
 class _Job:

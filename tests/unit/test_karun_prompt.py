@@ -131,7 +131,7 @@ def test_interrupts_and_the_end_of_input_are_no_errors() -> None:
         raise KaError(Code.UNREACHABLE, "nobody is there")
 
     assert loop(Settings(("a",)), run, read=read, say=said.append) == 3
-    assert said == ["", "karun: interrupted", "karun: nobody is there", ""]
+    assert said == ["", "karun: interrupted", "karun: nobody is there"]
 
 
 def test_a_local_command_runs_here(tmp_path: Path) -> None:
