@@ -15,7 +15,7 @@ A request's payload is lent to its handler, and its buffer is reused when the an
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import trio
 
@@ -27,10 +27,7 @@ from common.framing import PAYLOAD_SIZE_MAX, Frame, Kind, encode_frame
 from common.messages import encode_error
 from common.outbox import FilePayload, Outbox, Part
 
-if TYPE_CHECKING:
-    from common.transport import Connection
-
-__all__ = ["Handler", "Reply", "Serving", "buffers"]
+__all__ = ["Answer", "Reply", "Serving", "buffers"]
 
 IN_HAND_SIZE_MAX = 32 * 1024 * 1024
 IN_HAND_COUNT_MAX = 256
@@ -52,11 +49,8 @@ class Reply(NamedTuple):
     payload: Buffer | FilePayload | None = None
 
 
-Handler = Callable[["Connection", bytes, memoryview | None], Reply | Awaitable[Reply | None] | None]
-"""(connection, body, payload) -> Reply; None for a NOTIFY.  A handler that needs no waiting
-returns its Reply at once and runs inside the reader; any other returns an awaitable, which gets
-a task of its own.  The payload is lent until the reply has been made; a reply may contain it, but
-nothing else, such as an abandoned thread, may still use it."""
+Answer = Reply | Awaitable[Reply | None] | None
+"""What a handler returns: see `Handler` in `transport`."""
 
 
 class Serving:
@@ -64,17 +58,20 @@ class Serving:
 
     def __init__(
         self,
-        connection: Connection,
-        handler: Handler | None,
+        handler: Callable[[bytes, memoryview | None], Answer] | None,
         outbox: Outbox,
         send: Callable[[Sequence[Part]], None],
+        *,
+        closed: trio.Event,
+        peer: str,
     ) -> None:
         self.changed = trio.Event()
         """Set when there may be room again, or nothing to wait for."""
-        self._connection = connection
         self._handler = handler
         self._outbox = outbox
         self._send = send
+        self._closed = closed
+        self._peer = peer
         self._size = 0
         self._count = 0
         self._handling: dict[int, trio.CancelScope] = {}
@@ -99,7 +96,7 @@ class Serving:
         assert self._handler is not None
         request_id = frame.request_id
         try:
-            result = self._handler(self._connection, frame.body, payload)
+            result = self._handler(frame.body, payload)
             if result is None or isinstance(result, Reply):
                 self._answer(request_id, result, payload)
                 return
@@ -120,7 +117,7 @@ class Serving:
             scope.cancel()
 
     def _is_crowded(self, payload_size: int) -> bool:
-        return self._connection.is_open and (
+        return not self._closed.is_set() and (
             self._count >= IN_HAND_COUNT_MAX
             or self._size + payload_size > IN_HAND_SIZE_MAX
             or self._outbox.size > ANSWER_QUEUE_SIZE_MAX
@@ -170,7 +167,7 @@ class Serving:
 
     def _answer_error(self, request_id: int, error: Exception, request: memoryview | None) -> None:
         if not isinstance(error, KaError):
-            _log.error("request.failed", peer=self._connection.peer, exc_info=error)
+            _log.error("request.failed", peer=self._peer, exc_info=error)
             error = KaError(Code.INTERNAL, f"{type(error).__name__}: {error}")
         if request_id:
             self._send((encode_frame(Kind.ERROR, request_id, encode_error(error)),))

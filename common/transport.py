@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import outcome
@@ -37,7 +38,7 @@ from common.serving import (
     IN_HAND_COUNT_MAX,
     IN_HAND_SIZE_MAX,
     SEND_QUEUE_SIZE_MAX,
-    Handler,
+    Answer,
     Reply,
     Serving,
     buffers,
@@ -105,7 +106,13 @@ class Connection:
         self._room = trio.Event()
         self._gate = trio.Lock()
         """First come, first served among callers that wait for room; its holder waits."""
-        self._serving = Serving(self, handler, self._outbox, self._send)
+        self._serving = Serving(
+            None if handler is None else partial(handler, self),
+            self._outbox,
+            self._send,
+            closed=self.closed,
+            peer=peer,
+        )
         self._turn_size = 0
         self._error: KaError | None = None
         self._nursery: trio.Nursery | None = None
@@ -399,3 +406,10 @@ class Connection:
                     late = KaError(Code.TIMEOUT, "no answer in time", peer=self.peer)
                     self._finish(request_id, outcome.Error(late))
                     self._send((encode_frame(Kind.CANCEL, request_id, b""),))
+
+
+Handler = Callable[[Connection, bytes, memoryview | None], Answer]
+"""(connection, body, payload) -> Reply; None for a NOTIFY.  A handler that needs no waiting
+returns its Reply at once and runs inside the reader; any other returns an awaitable, which gets
+a task of its own.  The payload is lent until the reply has been made; a reply may contain it, but
+nothing else, such as an abandoned thread, may still use it."""

@@ -78,7 +78,7 @@ class Channel:
 
     def trust(self, *, sent: Seal, heard: Seal) -> None:
         """Both have proved themselves: from now on frames are sealed, and of every size."""
-        self._seal, self._decoder.seal = sent, heard
+        self._seal, self._decoder.fits = sent, heard.fits
         self._decoder.size_max = frames.FRAME_SIZE_MAX
 
     @property

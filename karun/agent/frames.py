@@ -20,9 +20,7 @@ from _struct import error as StructError  # type: ignore[attr-defined]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from .proof import Seal
+    from collections.abc import Callable, Iterator
 
 HEADER = Struct("<IBI")
 _U32 = Struct("<I")
@@ -136,13 +134,13 @@ def number_in(field: bytes, least: int, most: int) -> int:
 class Decoder:
     """Bytes in, frames out: (kind, rank, payload)."""
 
-    __slots__ = ("_buffer", "seal", "size_max")
+    __slots__ = ("_buffer", "fits", "size_max")
 
     def __init__(self, size_max: int = FRAME_SIZE_MAX) -> None:
         self._buffer = bytearray()
         self.size_max = size_max
-        self.seal: Seal | None = None
-        """Of all frames from now on."""
+        self.fits: Callable[[bytes, bytes], bool] | None = None
+        """Whether a tag is a frame's; once it is set, all frames are sealed."""
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
         """Take bytes; yield the frames they complete; raises FrameError."""
@@ -155,11 +153,11 @@ class Decoder:
                 if size > self.size_max:
                     raise FrameError(f"a frame of {size} bytes")
                 end = at + 9 + size
-                if self.seal is not None:
+                if self.fits is not None:
                     if len(buffer) < end + TAG_SIZE:
                         break
                     tag = bytes(buffer[end : end + TAG_SIZE])
-                    if not self.seal.fits(bytes(buffer[at:end]), tag):
+                    if not self.fits(bytes(buffer[at:end]), tag):
                         raise FrameError("a wrong tag")
                     end += TAG_SIZE
                 elif len(buffer) < end:

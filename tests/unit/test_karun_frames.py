@@ -99,7 +99,7 @@ def sealed(count: int) -> tuple[list[bytes], frames.Decoder]:
     """Frames as they go down a sealed connection, and who hears them."""
     ends = [proof.seals(b"t" * 32, 5, b"a" * 16, b"n" * 16)[0] for _ in range(2)]
     decoder = frames.Decoder()
-    decoder.seal = ends[1]
+    decoder.fits = ends[1].fits
     said = [frames.encode(frames.ORDER, 5, b"%d" % number) for number in range(count)]
     return [frame + ends[0].tag(frame) for frame in said], decoder
 
