@@ -8,7 +8,6 @@ from typing import Any
 import click
 
 from karun.cli_where import session_option, split_joined, where_options
-from karun.watching import Watch, main
 
 __all__ = ["top"]
 
@@ -28,5 +27,7 @@ def top(**options: Any) -> None:
 
     `q` or Ctrl-C ends it.  In a pipe, a plain table each period.
     """
+    from karun.watching import Watch, main  # loads what draws tables: a tenth of karun's start
+
     where, rest = split_joined(options)
     sys.exit(main(where, Watch(**rest)))
