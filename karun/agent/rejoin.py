@@ -56,7 +56,11 @@ class Dial:
         """Begin; *failed* may be called at once."""
         host, port = self._setup.ancestors[self._index]
         self._timer = self._loop.at(TRY_S, self._fail)
-        self._socket = sock = Socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM)
+        try:
+            self._socket = sock = Socket(AF_INET6 if ":" in host else AF_INET, SOCK_STREAM)
+        except OSError:  # no descriptors are left
+            self._fail()
+            return
         sock.setblocking(False)
         sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         error = sock.connect_ex((host, port))
