@@ -221,7 +221,7 @@ def test_a_prompt_in_a_session_talks_to_its_agents_and_calls_nobody(shell: Shell
     assert sorted(said[:2]) == sorted(agents.splitlines())
     assert said[2:4] == [b"karun: not in this session: n9", b"n5: n5"]
     everybody = shell("shell", "--session", "default", stdin=b":nodes\n").stdout
-    assert everybody == b"n[1-6] (6)\n\n"
+    assert everybody == b"n[1-6] (6)\n"
 
 
 def test_a_prompt_outlives_its_session_and_goes_on_in_the_next_one(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_prompt_outlives_its_session_and_goes_on_in_the_next_one(tmp_path: Pat
     assert prompt.stdout.readline() == b"karun: the session has ended\n"
     shell(*start)
     said, _ = prompt.communicate(b"echo back\n", timeout=30)
-    assert said == b"n1: back\n\n"
+    assert said == b"n1: back\n"
     shell("session", "stop")
 
 
