@@ -76,7 +76,7 @@ async def plan_for(target: Target, node: NodeSpec, link: SshLink) -> NodePlan:
         target.environment,
         node,
         target.nodes,
-        facts_from_json(answer["facts"]),
+        facts_from_json(answer.get("facts", {})),
         read=target.read,
         stored_sizes=target.stored_sizes(),
         token=target.token,

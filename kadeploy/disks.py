@@ -99,13 +99,15 @@ def facts_from_json(content: Mapping[str, Any]) -> Facts:
         if firmware is Firmware.AUTO:
             raise ValueError("a node knows its firmware")
         return Facts(disks, firmware, int(content.get("memory_size", 0)))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise KaError(Code.PROTOCOL, f"not the facts of a node: {error!r:.200}") from None
 
 
 def _disk(entry: Mapping[str, Any], table: Mapping[str, Any] | None) -> Disk:
     content = (table or {}).get("partitiontable", {})
     sector_size = int(entry["log-sec"])
+    if sector_size < 1:
+        raise ValueError(f"a sector of {sector_size} bytes")
     below = {item["path"]: item for item in _below(entry)}
     partitions = tuple(
         _partition(item, below.get(item["node"], {}), sector_size)

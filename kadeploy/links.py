@@ -134,14 +134,14 @@ class SshLink:
         """Return what the node's program said in its last line; raises what it says failed."""
         try:
             content: dict[str, Any] = json.loads(said.splitlines()[-1])
-            good = content["ok"]
-        except (IndexError, ValueError, KeyError, TypeError):
+            good, code = content["ok"], from_number(content.get("code", 0))
+        except (IndexError, ValueError, KeyError, TypeError, RecursionError):
             if process.returncode == SSH_FAILURE:
                 raise KaError(Code.UNREACHABLE, f"{self._address} cannot be reached") from None
             message = f"{self._address}: no answer ({process.returncode})"
             raise KaError(Code.PROTOCOL, message) from None
         if not good:
-            raise KaError(from_number(content.get("code", 0)), str(content.get("error", "failed")))
+            raise KaError(code, _line(content.get("error", "failed")))
         return content
 
     async def push(self) -> None:
@@ -206,6 +206,11 @@ class SshLink:
             reason = lines[-1] if lines else process.returncode
             raise KaError(Code.UNREACHABLE, f"{self._address}: {reason}")
         return said[0]
+
+
+def _line(said: object) -> str:
+    """What a machine says ends up on terminals: printable, in one line."""
+    return "".join(char if char.isprintable() else "?" for char in str(said))
 
 
 async def _copy(path: Path, sink: trio.abc.SendStream) -> None:

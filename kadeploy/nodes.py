@@ -50,6 +50,8 @@ class PowerSpec:
             raise ValueError("power: the command driver needs a command")
         if self.driver is not PowerDriver.COMMAND and not self.address:
             raise ValueError(f"power: {self.driver.value} needs an address")
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"power: not a port: {self.port}")
 
 
 @dataclass(frozen=True, slots=True)

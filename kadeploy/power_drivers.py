@@ -1,19 +1,22 @@
 """Power drivers: IPMI, Redfish, wake-on-LAN, ssh, any command.  The only importer of pyghmi.
 
 Every driver takes one action and returns the state it knows ("on", "off" or ""); raises KaError
-with one line.  Libraries that block run in threads.  Passwords come from files that only their
-owner can read, and go into no message.
+with one line, whatever answers: a controller that talks nonsense costs its own node alone.
+Libraries that block run in threads.  Passwords come from files that only their owner can read, and
+go into no message.
 """
 
 from __future__ import annotations
 
 import base64
 import functools
+import http.client
 import json
 import os
 import socket
 import ssl
 import stat
+import struct
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -122,7 +125,12 @@ def _wake(spec: PowerSpec, action: PowerAction) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         # `user` has no meaning here; the broadcast address of another segment may stand in it.
-        sock.sendto(b"\xff" * 6 + mac * 16, (spec.user or "<broadcast>", spec.port or WAKE_PORT))
+        place = (spec.user or "<broadcast>", spec.port or WAKE_PORT)
+        try:
+            sock.sendto(b"\xff" * 6 + mac * 16, place)
+        except OSError as error:
+            message = f"wake-on-lan {spec.address}: {error.strerror}"
+            raise KaError(Code.UNREACHABLE, message) from None
     return ""
 
 
@@ -146,7 +154,8 @@ def _ipmi(spec: PowerSpec, action: PowerAction) -> str:
             return str(session.get_power()["powerstate"])
         said = session.set_power(_IPMI[action], wait=False)
         return str(said.get("pendingpowerstate", said.get("powerstate", "")))
-    except (PyghmiException, OSError, KeyError) as error:
+    # pyghmi unpacks what comes as if it were whole.
+    except (PyghmiException, OSError, LookupError, TypeError, ValueError, struct.error) as error:
         raise KaError(Code.UNREACHABLE, f"ipmi {spec.address}: {error}") from None
     finally:
         if session is not None:
@@ -179,10 +188,13 @@ def _redfish_call(
     try:
         with urllib.request.urlopen(request, timeout=CALL_S, context=context) as answer:
             body = answer.read(1 << 20)
-        found: dict[str, Any] = json.loads(body) if body else {}
+        found: object = json.loads(body) if body else {}
+        if not isinstance(found, dict):
+            raise ValueError("its answer is not an object")
         return found
     except urllib.error.HTTPError as error:
         with error:
             raise KaError(Code.EIO, f"redfish {url}: {error.code} {error.reason}") from None
-    except (OSError, ValueError) as error:
-        raise KaError(Code.UNREACHABLE, f"redfish {url}: {error}") from None
+    except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
+        said = " ".join(str(error).split())  # perhaps the controller's own words
+        raise KaError(Code.UNREACHABLE, f"redfish {url}: {said}") from None

@@ -15,6 +15,16 @@ def answering(program: str) -> SshLink:
     return SshLink("pc1", SshOptions(wrapper=(sys.executable, "-c", program)))
 
 
+def machine(said: str) -> SshLink:
+    """Return a link to a deployment environment that answers every order in the same way."""
+    return answering(
+        "import sys\nask = sys.argv[-1]\n"
+        "if 'boot_id' in ask: print('yes', '', 'boot', sep='\\n')\n"
+        "elif ask.startswith('cat >'): sys.stdin.buffer.read()\n"
+        f"else: print({said})"
+    )
+
+
 async def test_a_machine_says_what_it_is() -> None:
     link = answering("print('yes'); print('token'); print('boot')")
     assert await link.identify() == Identity(True, "token", "boot")
@@ -33,3 +43,21 @@ async def test_a_machine_that_does_not_stop_talking_is_not_listened_to(stream: s
     with pytest.raises(KaError, match="does not end") as caught:
         await link.identify()
     assert caught.value.code is Code.PROTOCOL
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["'[' * 200_000", """'{"ok": false, "code": [1]}'""", """'{"ok": 1, "code": {}}'""", "'[]'"],
+)
+async def test_an_answer_that_is_none_is_that_machines_fault_alone(said: str) -> None:
+    link = machine(said)
+    with pytest.raises(KaError, match=r"pc1: no answer \(0\)") as caught:
+        await link.ask("facts")
+    assert caught.value.code is Code.PROTOCOL
+
+
+async def test_why_a_machine_failed_is_one_printable_line() -> None:
+    link = machine(r"""'{"ok": false, "error": "\\u001b[31m\\nred \\ud800"}'""")
+    with pytest.raises(KaError) as caught:
+        await link.ask("facts")
+    assert str(caught.value) == "?[31m?red ?"

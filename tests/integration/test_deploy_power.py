@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,62 @@ async def test_a_machine_is_woken_by_its_magic_packet() -> None:
         await power(spec, "pc1", PowerAction.ON)
         sock.settimeout(5)
         assert sock.recv(200) == b"\xff" * 6 + bytes.fromhex("020000000001") * 16
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"not HTTP at all\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n[]",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 200_000,
+    ],
+    ids=["garbage", "headers", "chunks", "list", "depth"],
+)
+async def test_a_controller_that_answers_nonsense_is_one_line(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            client, _ = server.accept()
+            with client:
+                client.recv(65536)
+                client.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/redfish/v1/Systems/1"
+        with pytest.raises(KaError, match="redfish http") as caught:
+            await power(PowerSpec(PowerDriver.REDFISH, url), "pc1", PowerAction.STATUS)
+        thread.join()
+    assert "\n" not in str(caught.value)
+
+
+async def test_a_controller_that_sends_half_a_packet_is_one_line() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+
+        def serve() -> None:
+            _, client = server.recvfrom(2000)
+            server.sendto(bytes.fromhex("0600ff0706"), client)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        spec = PowerSpec(PowerDriver.IPMI, "127.0.0.1", server.getsockname()[1], "admin")
+        with pytest.raises(KaError, match=r"ipmi 127\.0\.0\.1: "):
+            await power(spec, "pc1", PowerAction.STATUS)
+        thread.join()
+
+
+async def test_a_machine_that_no_packet_gets_to_is_one_line() -> None:
+    spec = PowerSpec(PowerDriver.WAKE, "02:00:00:00:00:01", 9, "256.0.0.1")
+    with pytest.raises(KaError, match="wake-on-lan 02:00:00:00:00:01: "):
+        await power(spec, "pc1", PowerAction.ON)
+
+
+def test_a_number_that_is_no_port_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a port: 99999"):
+        PowerSpec(PowerDriver.WAKE, "02:00:00:00:00:01", 99999).validate()
 
 
 async def test_a_password_that_others_can_read_is_refused(tmp_path: Path) -> None:

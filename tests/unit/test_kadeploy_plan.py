@@ -133,6 +133,16 @@ def test_a_disk_that_is_doubtful_is_refused(spoil: str) -> None:
         select_disk(deploy.nodes().get("pc1"), spec, facts_from_json(raw).disks, 0)
 
 
+@pytest.mark.parametrize(
+    "change", [{"log-sec": 0}, {"log-sec": float("inf")}, {"size": float("inf")}]
+)
+def test_numbers_that_no_disk_has_are_refused(change: dict[str, Any]) -> None:
+    raw = deploy.raw_facts()
+    raw["lsblk"]["blockdevices"][0].update(change)
+    with pytest.raises(KaError, match="not the facts of a node"):
+        facts_from_json(raw)
+
+
 def test_a_serial_in_two_lines_of_the_nodes_file_is_refused() -> None:
     one = NodeSpec("pc1", (NodeDisk("system", "S"),))
     two = NodeSpec("pc2", (NodeDisk("system", "S"),))
