@@ -24,6 +24,7 @@ from pathlib import Path
 import trio
 
 from common import log
+from common.descriptors import raise_descriptor_limit
 from common.errors import Code, KaError, first_error
 from common.signals import on_signal
 from kaboot import inventory as inventory_file
@@ -49,6 +50,7 @@ def serve(path: Path, *, ready_fd: int | None = None) -> None:
     """Serve the site of an inventory file until SIGTERM or SIGINT; raises KaError."""
     inventory = inventory_file.load(path)
     site = inventory.site
+    raise_descriptor_limit()  # a machine that loads something takes two
     Control.open(path).close()  # makes the state directory and the store
     with _alone(Path(site.state)):
         staged = stage(inventory)

@@ -19,6 +19,7 @@ import click
 import trio
 
 from common import cli, log, nodeset
+from common.descriptors import raise_descriptor_limit
 from common.errors import Code, KaError
 from kadeploy import (
     cli_web,
@@ -82,6 +83,7 @@ kadeploy.add_command(cli_web.token)
 
 def main() -> NoReturn:
     """Run the command line; every failure is one line and its exit code."""
+    raise_descriptor_limit()  # a call to a node takes four, a broadcast's node three
     cli.run(kadeploy, "kadeploy")
 
 

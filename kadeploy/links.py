@@ -15,7 +15,7 @@ import contextlib
 import functools
 import json
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,12 +159,15 @@ class SshLink:
         """
         command = ["unshare", "--mount", "python3", PROGRAM, *words]
         ssh = self._options.words(self._address, environment=self._environment)
-        process = await trio.lowlevel.open_process(
-            [*ssh, *command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
+        try:
+            process = await trio.lowlevel.open_process(
+                [*ssh, *command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            raise _not_started(ssh, error) from None
         try:
             yield process
         finally:
@@ -200,12 +203,19 @@ class SshLink:
                 nursery.start_soon(read, 0, process.stdout)
                 nursery.start_soon(read, 1, process.stderr)
         except BaseExceptionGroup as group:
-            raise first_error(group) from None
+            error = first_error(group)
+            if isinstance(error, OSError):
+                error = _not_started(words, error)
+            raise error from None
         if process.returncode != 0:
             lines = said[1].decode(errors="replace").strip().splitlines()
             reason = lines[-1] if lines else process.returncode
             raise KaError(Code.UNREACHABLE, f"{self._address}: {reason}")
         return said[0]
+
+
+def _not_started(words: Sequence[str], error: OSError) -> KaError:
+    return KaError(Code.UNREACHABLE, f"{words[0]} cannot be started: {error.strerror}")
 
 
 def _line(said: object) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -22,6 +21,7 @@ from typing import Any
 
 import trio
 
+from common.descriptors import raise_descriptor_limit
 from common.errors import Code, KaError, first_error
 from karun import archive, connectors, ssh_options
 from karun.connectors import Connector
@@ -89,7 +89,7 @@ class Run(Crew):
         self._engine: Engine | None = None
 
     async def __aenter__(self) -> Run:
-        _raise_descriptor_limit()
+        raise_descriptor_limit()  # a call takes four
         self._manager = _running(Engine(self.nodes, self.connector, archive.build(), self._limits))
         self._engine = await self._manager.__aenter__()
         return self
@@ -185,10 +185,3 @@ async def _drive(engine: Engine, *, until_quiet: bool = False) -> None:
         with trio.move_on_after(math.inf if timeout is None else timeout):
             await trio.lowlevel.wait_readable(engine.loop.fileno())
         engine.step()
-
-
-def _raise_descriptor_limit() -> None:
-    """A call takes four descriptors; the soft limit is made for programs that use select."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from common.errors import Code, KaError
 from kadeploy.links import ANSWER_SIZE_MAX, Identity, SshLink, SshOptions
+from tests.support import deploy
+from tests.support.deploy_web import ROOT
 
 
 def answering(program: str) -> SshLink:
@@ -61,3 +67,33 @@ async def test_why_a_machine_failed_is_one_printable_line() -> None:
     with pytest.raises(KaError) as caught:
         await link.ask("facts")
     assert str(caught.value) == "?[31m?red ?"
+
+
+async def test_an_ssh_that_cannot_be_started_is_one_line() -> None:
+    link = SshLink("pc1", SshOptions(wrapper=("/nowhere/netns",)))
+    with pytest.raises(KaError, match="/nowhere/netns cannot be started: No such file"):
+        await link.identify()
+    with pytest.raises(KaError, match="/nowhere/netns cannot be started: No such file"):
+        async with link.started("facts"):
+            pass
+
+
+def test_more_nodes_are_asked_at_once_than_the_soft_limit_has_descriptors_for(
+    tmp_path: Path,
+) -> None:
+    count = 60
+    lines = [f"  - {{name: pc{one}}}" for one in range(1, count + 1)]
+    (tmp_path / "nodes.yaml").write_text("\n".join(["nodes:", *lines, ""]))
+    wrapper = [sys.executable, "-c", "import time; time.sleep(3); raise SystemExit(255)"]
+    text = f'nodes = "nodes.yaml"\nstate = "state"\n[ssh]\nwrapper = {json.dumps(wrapper)}\n'
+    (tmp_path / "kadeploy.toml").write_text(text)
+    (tmp_path / "debian.tar.zst").touch()
+    (tmp_path / "env.yaml").write_text(deploy.LINUX)
+    kadeploy = [sys.executable, "-c", "from kadeploy.cli import main; main()"]
+    words = [*kadeploy, "-c", "kadeploy.toml", "plan", "-w", f"pc[1-{count}]", "./env.yaml"]
+    limited = ["sh", "-c", 'ulimit -Sn 64; exec "$@"', "sh", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(limited, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    told = {f"pc{one}: pc{one}: 255" for one in range(1, count + 1)}
+    assert set(done.stdout.splitlines()) == told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -187,3 +188,15 @@ def test_the_public_face_assigns_and_follows_events(tmp_path: Path) -> None:
         assert [event.node for event in events] == ["pc1", "pc2"]
         assert control.events(after=events[-1].id) == []
         assert control.nodes()[0].assignment == face.Assignment(face.Step.INSTALL)
+
+
+def test_serve_takes_as_many_connections_as_the_hard_limit_allows(kaboot: Kaboot) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
+    try:
+        code, _, err = kaboot("serve")
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (code, soft) == (2, hard)
+    assert err.startswith("kaboot: cannot serve HTTP on 10.78.0.1:"), err
