@@ -25,7 +25,7 @@ from common.broadcast.node import HopOptions
 from common.broadcast.planner import Request, make_plan
 from common.broadcast.source import Source
 from common.broadcast.transfer import Progress, new_job, run_source
-from common.errors import Code, KaError
+from common.errors import Code, KaError, first_error
 from common.sizes import format_size
 from common.sockets import listen
 from kadeploy.head import Report
@@ -84,7 +84,7 @@ class Receiver:
                 await process.stdin.send_all(json.dumps(to_json(self._order)).encode() + b"\n")
                 lines = bytearray()
                 with trio.move_on_after(START_S):
-                    while b"\n" not in lines:
+                    while b"\n" not in lines and len(lines) < LINE_SIZE_MAX:
                         data = await process.stdout.receive_some(4096)
                         if not data:
                             break
@@ -133,38 +133,41 @@ async def broadcast(
     await trio.to_thread.run_sync(source.scan)
     sockets = listen(f"{listen_on}:0")
     host, port = sockets[0].getsockname()[:2]
-    async with contextlib.AsyncExitStack() as stack:
-        for sock in sockets:
-            stack.enter_context(sock)
-        nursery = await stack.enter_async_context(trio.open_nursery())
-        for one in receivers.values():
-            nursery.start_soon(one.run, report)
-        for one in receivers.values():
-            await one.ready.wait()
-        there = [one for one in receivers.values() if one.address]
-        if not there:
-            source.close()
-            return 0
-        network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
-        choice = make_plan(Request(source.size, (len(there),), network)).chosen
-        addresses = [f"{host}:{port}", *(one.address for one in there)]
-        job = new_job(choice.shape, addresses, OPTIONS)
-        for rank, one in enumerate(there, start=1):
-            one.begin(job, rank)
-        sent_size = 0
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            for sock in sockets:
+                stack.enter_context(sock)
+            nursery = await stack.enter_async_context(trio.open_nursery())
+            for one in receivers.values():
+                nursery.start_soon(one.run, report)
+            for one in receivers.values():
+                await one.ready.wait()
+            there = [one for one in receivers.values() if one.address]
+            if not there:
+                source.close()
+                return 0
+            network = Network(LINK_RATE, LINK_RATE, latency_s=LATENCY_S)
+            choice = make_plan(Request(source.size, (len(there),), network)).chosen
+            addresses = [f"{host}:{port}", *(one.address for one in there)]
+            job = new_job(choice.shape, addresses, OPTIONS)
+            for rank, one in enumerate(there, start=1):
+                one.begin(job, rank)
+            sent_size = 0
 
-        def on_progress(progress: Progress) -> None:
-            nonlocal sent_size
-            sent_size = progress.sent_size
+            def on_progress(progress: Progress) -> None:
+                nonlocal sent_size
+                sent_size = progress.sent_size
 
-        summary = await run_source(
-            job,
-            source,
-            sockets=sockets,
-            name=image.name,
-            chunk_size=choice.chunk_size,
-            on_progress=on_progress,
-        )
+            summary = await run_source(
+                job,
+                source,
+                sockets=sockets,
+                name=image.name,
+                chunk_size=choice.chunk_size,
+                on_progress=on_progress,
+            )
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
     for rank, one in enumerate(there, start=1):
         if entry := summary.others.get(rank):
             _logger.warning("send.failed", node=one.name, reason=entry.reason)

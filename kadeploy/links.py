@@ -224,9 +224,12 @@ def _line(said: object) -> str:
 
 
 async def _copy(path: Path, sink: trio.abc.SendStream) -> None:
-    async with await trio.open_file(path, "rb") as file:
-        while data := await file.read(COPY_SIZE):
-            await sink.send_all(data)
+    try:
+        async with await trio.open_file(path, "rb") as file:
+            while data := await file.read(COPY_SIZE):
+                await sink.send_all(data)
+    except OSError as error:
+        raise KaError(Code.EIO, f"image {path}: {error.strerror}") from None
 
 
 async def _read(source: trio.abc.ReceiveStream) -> bytes:

@@ -9,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import trio
 
 from common.errors import Code, KaError
+from kadeploy.broadcast import LINE_SIZE_MAX, START_S, Receiver, broadcast
 from kadeploy.links import ANSWER_SIZE_MAX, Identity, SshLink, SshOptions
+from kadeploy.orders import Place, WriteImage
 from tests.support import deploy
 from tests.support.deploy_web import ROOT
+
+ORDER = WriteImage(Place("/dev/sda", "SN1", 1 << 30), "raw", "zstd", deploy.SUM, 0, 1, "")
 
 
 def answering(program: str) -> SshLink:
@@ -23,11 +28,16 @@ def answering(program: str) -> SshLink:
 
 def machine(said: str) -> SshLink:
     """Return a link to a deployment environment that answers every order in the same way."""
+    return acting(f"print({said})")
+
+
+def acting(line: str) -> SshLink:
+    """Return a link to a deployment environment that does the same at every order."""
     return answering(
-        "import sys\nask = sys.argv[-1]\n"
+        "import os, sys\nask = sys.argv[-1]\n"
         "if 'boot_id' in ask: print('yes', '', 'boot', sep='\\n')\n"
         "elif ask.startswith('cat >'): sys.stdin.buffer.read()\n"
-        f"else: print({said})"
+        f"else: {line}"
     )
 
 
@@ -67,6 +77,33 @@ async def test_why_a_machine_failed_is_one_printable_line() -> None:
     with pytest.raises(KaError) as caught:
         await link.ask("facts")
     assert str(caught.value) == "?[31m?red ?"
+
+
+async def test_an_image_that_cannot_be_read_is_one_line() -> None:
+    link = machine("""'{"ok": true}'""")
+    for name, why in (("/nowhere/disk.img", "No such file"), ("/proc/self/mem", "Input/output")):
+        with pytest.raises(KaError, match=f"image {name}: {why}"):
+            await link.ask("do", ORDER, image=Path(name))
+
+
+async def test_an_image_that_changes_while_it_is_broadcast_is_one_line(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(1 << 20))
+    change = f"os.truncate({str(image)!r}, 100); print('127.0.0.1:1', flush=True)"
+    receiver = Receiver("pc1", acting(f"{change}; sys.stdin.read()"), ORDER, "127.0.0.1")
+    with pytest.raises(KaError, match="changed while it was being read"):
+        await broadcast(image, {"pc1": receiver}, "127.0.0.1", lambda *_: None)
+
+
+async def test_a_receiver_that_does_not_stop_talking_is_not_listened_to(tmp_path: Path) -> None:
+    image = tmp_path / "disk.img"
+    image.write_bytes(b"content")
+    said: list[str] = []
+    talk = f"[sys.stdout.write('x' * {LINE_SIZE_MAX // 16}) for _ in iter(int, 1)]"
+    receiver = Receiver("pc1", acting(talk), ORDER, "127.0.0.1")
+    with trio.fail_after(START_S / 2):
+        await broadcast(image, {"pc1": receiver}, "127.0.0.1", lambda *words: said.extend(words))
+    assert said == ["pc1", "its receiver did not start", ""]
 
 
 async def test_an_ssh_that_cannot_be_started_is_one_line() -> None:
