@@ -98,7 +98,8 @@ async def carry_out(
     """Be the head of a deployment until its nodes have verdicts or are held; return them.
 
     *release*: held nodes go on.  Raises BUSY when another process is its head, or that of another
-    deployment with one of its nodes.
+    deployment with one of its nodes; USAGE when its steps are others now: where a node is, is kept
+    as a place among them.
     *on_begun* is called when nothing can be refused any more.
     """
     with store.claim(number):
@@ -110,6 +111,13 @@ async def carry_out(
         store.require_free([node.name for node in states if not node.ended], number)
         held = [node.name for node in states if node.status is Status.HELD]
         workflow = _workflow(settings, target, row.request.get("breakpoints", ()))
+        outline = workflow.outline()
+        if row.request.get("outline", outline) != outline:
+            raise KaError(
+                Code.USAGE,
+                f"deployment {number} was begun with other steps: set hooks, kexec and power as"
+                " they were, or cancel it and begin anew",
+            )
         steps = make_steps(target, settings, [node.name for node in states])
         head = Head(
             store,

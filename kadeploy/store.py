@@ -235,9 +235,11 @@ class Store:
         )
 
     def end(self, deployment: int, now_ms: int) -> None:
+        """Record that all nodes have their verdicts; what has ended already ended then."""
         with self._db.transaction():
             self._db.execute(
-                "UPDATE deployments SET ended_ms = ? WHERE id = ?", (now_ms, deployment)
+                "UPDATE deployments SET ended_ms = ? WHERE id = ? AND ended_ms IS NULL",
+                (now_ms, deployment),
             )
 
     def deployments(

@@ -166,6 +166,33 @@ def test_cancel_gives_up_what_no_head_carries_out(site: Path) -> None:
     assert "has ended" in call(site, "cancel").stderr
 
 
+def test_a_deployment_goes_on_with_the_steps_it_was_begun_with_or_not_at_all(site: Path) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    config = site / "kadeploy.toml"
+    text = config.read_text()
+    hook = '[[hook]]\nstep = "boot-deployment"\nwhen = "{}"\ncommand = ["true"]\n'.format
+    config.write_text(text + hook("before"))
+    begun = call(site, "run", "-w", "pc1", "debian12", "--breakpoint", "boot-deployment")
+    assert "held: pc1" in begun.stdout
+    for changed in (text, text + hook("after")):
+        config.write_text(changed)
+        result = call(site, "run", "--resume")
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "deployment 1 was begun with other steps: set hooks" in result.stderr
+    assert len(json.loads(call(site, "history", "1", "--json").stdout)) == 1
+    assert call(site, "cancel").exit_code == 0
+
+
+def test_to_go_on_with_what_has_ended_does_not_end_it_again(site: Path) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    with Store.open(site / "state/kadeploy.db") as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc1"], 0)
+        store.save(number, [NodeState("pc1", status=Status.DEPLOYED)], [], 1)
+        store.end(number, 2)
+        assert call(site, "run", "--resume").exit_code == 0
+        assert store.deployment(number).ended_ms == 2
+
+
 def test_a_token_is_shown_once_listed_without_it_and_revoked(site: Path) -> None:
     words = ["--nodes", "pc[1-2]", "--rights", "view,deploy", "--days", "3"]
     made = call(site, "token", "add", "alice", *words)
