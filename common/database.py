@@ -2,7 +2,8 @@
 
 The only importer of sqlite3.  One file may be open in several processes (a write-ahead log).  What
 a durable transaction has returned from survives a loss of power, any other a kill.  Damage, a full
-disk and a lock that is not given raise KaError EIO, and nothing of a transaction is there.
+disk and a lock that is not given raise KaError EIO, and nothing of a transaction is there; numbers
+of more than 64 bits and text that is not Unicode raise USAGE.
 
 Blocking; one thread at a time.  Not here: what the tables mean.
 """
@@ -128,3 +129,5 @@ class Database:
             yield
         except sqlite3.Error as error:
             raise KaError(Code.EIO, f"{self.path}: {error}") from None
+        except (OverflowError, UnicodeEncodeError) as error:
+            raise KaError(Code.USAGE, f"no number or text that can be stored: {error}") from None

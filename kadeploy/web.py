@@ -16,6 +16,7 @@ but its own files (`_HEADERS`).
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -49,7 +50,7 @@ COOKIE = "kadeploy"
 PAGE = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css", ".js": "text/javascript"}
 _API = "/api/v1"
-_ONE = f"{_API}/deployments/{{number:int}}"
+_ONE = f"{_API}/deployments/{{number}}"
 ROUTES = (
     ("GET", "/", "page"),
     ("GET", "/login", "login_form"),
@@ -254,7 +255,11 @@ class _Web:
 
     async def login(self, request: Request) -> Response:
         _require_own_origin(request)
-        form = parse_qs((await _body(request)).decode(errors="replace"), max_num_fields=4)
+        text = (await _body(request)).decode(errors="replace")
+        try:
+            form = parse_qs(text, max_num_fields=4)
+        except ValueError:
+            form = {}  # it is not from our page
         token = "".join(form.get("token", [])).strip()
         try:
             self._look_up(token)
@@ -337,16 +342,19 @@ async def _send(send: Callable[[Message], Awaitable[None]], event: str, content:
 
 
 def _number(request: Request) -> int:
-    number: int = request.path_params["number"]
-    if number >= 1 << 63:
+    text: str = request.path_params["number"]
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise KaError(Code.ENOENT, "no such deployment")
-    return number
+    return int(text)
 
 
 def _require_own_origin(request: Request) -> None:
     """Refuse a form or script of another site that uses the cookie of our page."""
-    origin = urlsplit(request.headers.get("origin", ""))
-    if not origin.netloc or origin.netloc != request.headers.get("host", ""):
+    try:
+        origin = urlsplit(request.headers.get("origin", "")).netloc
+    except ValueError:
+        origin = ""
+    if not origin or origin != request.headers.get("host", ""):
         raise KaError(Code.EACCES, "a request with a cookie must come from the page itself")
 
 

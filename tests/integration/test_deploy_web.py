@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 
@@ -99,7 +99,7 @@ def test_the_document_has_just_these_requests() -> None:
 
 @pytest.mark.parametrize(("method", "path"), API)
 def test_nothing_is_answered_without_a_valid_token(room: Room, method: str, path: str) -> None:
-    path = path.replace("{number:int}", "1").replace("{name}", "pc001")
+    path = path.replace("{number}", "1").replace("{name}", "pc001")
     for token in ("wrong", f"ka-{room.root[3:11]}-{'A' * 43}", room.root + "x"):
         answer = room.site.ask(path, token=token, method=method)
         assert (answer.status, answer.json["code"]) == (401, "AUTH")
@@ -259,8 +259,12 @@ def test_wrong_requests_are_refused_in_one_line(room: Room) -> None:
     assert refusal(json.dumps(wrong).encode())[0] == 400
     wrong = {"environment": "debian12", "nodes": "pc099"}
     assert refusal(json.dumps(wrong).encode())[0] == 400
+    wrong = {"environment": "\ud800", "nodes": "pc001"}
+    assert refusal(json.dumps(wrong).encode())[0] == 400
     assert refusal(b" " * 100_000)[0] == 413
-    assert room.site.ask(f"{DEPLOYMENTS}/{1 << 70}", token=room.root).status == 404
+    for number in (1 << 63, "9" * 5000, "0x1", "-1", "1 "):
+        answer = room.site.ask(f"{DEPLOYMENTS}/{quote(str(number))}", token=room.root)
+        assert (answer.status, answer.json["code"]) == (404, "ENOENT"), number
     assert room.site.ask("/nowhere", token=room.root).json["code"] == "ENOENT"
     assert room.site.ask(DEPLOYMENTS, token=room.root, method="DELETE").status == 405
 
@@ -274,6 +278,9 @@ def test_the_cookie_is_of_use_to_our_own_page_only(room: Room) -> None:
     assert "set-cookie" not in wrong.headers
     strange = site.ask("/login", body=form, headers={**origin, "Origin": "http://evil.example"})
     assert strange.status == 403
+    assert site.ask("/login", body=form, headers={**origin, "Origin": "http://["}).status == 403
+    many = site.ask("/login", body=b"a=1&" * 9 + form, headers=origin)
+    assert many.headers["location"] == "/login#wrong"
     good = site.ask("/login", body=form, headers=origin)
     cookie = good.headers["set-cookie"]
     assert (good.status, good.headers["location"]) == (303, "/")

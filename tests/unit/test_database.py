@@ -71,3 +71,14 @@ def test_damage_met_while_rows_are_read_is_an_error_of_ours(tmp_path: Path) -> N
     with opened(path) as database, pytest.raises(KaError) as caught:
         database.rows("SELECT * FROM one ORDER BY number")
     assert caught.value.code is Code.EIO
+
+
+@pytest.mark.parametrize("value", [1 << 63, "\udcff"])
+def test_what_sqlite_cannot_hold_is_refused_in_one_line(tmp_path: Path, value: object) -> None:
+    with opened(tmp_path / "db") as database:
+        with pytest.raises(KaError, match="no number or text that can be stored") as caught:
+            database.row("SELECT * FROM one WHERE number = ?", (value,))
+        assert caught.value.code is Code.USAGE
+        with pytest.raises(KaError, match="no number or text"), database.transaction():
+            database.executemany("INSERT INTO one VALUES (?, 'half')", [(2,), (value,)])
+        assert database.rows("SELECT * FROM one") == []
