@@ -80,6 +80,9 @@ def _parse(text: str, path: Path) -> object:
     except (yaml.YAMLError, ValueError) as error:
         line = str(error).partition("\n")[0]
         raise KaError(Code.USAGE, f"{path}: {line}") from None
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        # What PyYAML makes of `!!bool maybe`, `!!timestamp x` or `"\Uffffffff"`.
+        raise KaError(Code.USAGE, f"{path}: a value cannot be read: {error}") from None
     except RecursionError:
         raise KaError(Code.USAGE, f"{path}: nested too deeply") from None
     return content

@@ -71,6 +71,11 @@ def refusal(text: str) -> str:
         ("name: debian12", "name: debian12\nname: twice", "key 'name' is there twice"),
         ("name: debian12", "name: &a debian12\ndescription: *a", "aliases are not taken"),
         ("name: debian12", "name: !!python/name:os.system x", "could not determine a constructor"),
+        ("version: 3", "version: !!bool maybe", "a value cannot be read: 'maybe'"),
+        ("version: 3", "version: !!int ''", "a value cannot be read: "),
+        ("name: debian12", "name: !!map [debian12]", "a value cannot be read: "),
+        ("name: debian12", "name: !!timestamp today", "a value cannot be read: "),
+        ("name: debian12", 'name: "\\Uffffffff"', "a value cannot be read: "),
     ],
 )
 def test_a_fault_in_a_description_is_one_line_that_names_it(old: str, new: str, said: str) -> None:
