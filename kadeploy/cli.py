@@ -307,7 +307,8 @@ def cancel(config: Path, number: int | None, nodes: str | None) -> None:
     """Give up nodes of a deployment; of the last one if no NUMBER is given."""
     with Store.open(settings.load(config).store) as store:
         row = store.deployment(number)
-        names = nodeset.expand(nodes) if nodes else [node.name for node in store.nodes(row.id)]
+        every = [node.name for node in store.nodes(row.id)]
+        names = every if nodes is None else nodeset.expand(nodes)
         running.cancel(store, row.id, names, "cancelled", _now_ms())
     click.echo(f"deployment {row.id}: {nodeset.fold(names)} given up")
 

@@ -133,9 +133,14 @@ async def carry_out(
 
 
 def cancel(store: Store, number: int, names: Sequence[str], reason: str, now_ms: int) -> None:
-    """Give nodes up, whether a head is at work or not; raises USAGE when it has ended."""
+    """Give nodes up, whether a head is at work or not; raises USAGE when it has ended.
+
+    No nodes are refused: a shell's variable that was never set must not end what all do.
+    """
     if store.deployment(number).ended_ms is not None:
         raise KaError(Code.USAGE, f"deployment {number} has ended")
+    if not names:
+        raise KaError(Code.USAGE, "no nodes named")
     states = store.nodes(number)
     strange = set(names) - {node.name for node in states}
     if strange:

@@ -56,8 +56,8 @@ class _Begin:
 class _Cancel:
     """The body of a request to cancel."""
 
-    nodes: str = ""
-    """Empty: all."""
+    nodes: str | None = None
+    """None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ class Service:
     def cancel(self, grant: Grant, number: int, content: object) -> dict[str, Any]:
         """Give up nodes of a deployment, all if none are named."""
         asked = config.check(content, _Cancel, _BODY)
-        names = nodeset.expand(asked.nodes) if asked.nodes else self._names(number)
+        names = self._names(number) if asked.nodes is None else nodeset.expand(asked.nodes)
         self._require(grant, number, names)
         with Store.open(self._settings.store) as store:
             running.cancel(store, number, names, f"cancelled by {grant.user}", _now_ms())

@@ -175,6 +175,7 @@ def test_nodes_are_held_resumed_and_cancelled(room: Room) -> None:
         time.sleep(0.05)
     cancel = f"{DEPLOYMENTS}/{number}/cancel"
     assert room.site.ask(cancel, {"nodes": "pc009"}, token=room.root).status == 400
+    assert room.site.ask(cancel, {"nodes": ""}, token=room.root).status == 400
     assert room.site.ask(cancel, {"nodes": "pc[001-002]"}, token=room.alice).status == 202
     assert room.show(number).json["counts"]["failed"] == 2
     assert room.site.ask(f"{DEPLOYMENTS}/{number}/resume", {}, token=room.alice).status == 202

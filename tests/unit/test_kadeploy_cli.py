@@ -156,6 +156,8 @@ def test_cancel_gives_up_what_no_head_carries_out(site: Path) -> None:
         number = store.begin(store.environment("debian12"), {}, ["pc1", "pc2", "pc3"], 0)
         store.save(number, [NodeState("pc1", status=Status.DEPLOYED)], [], 1)
         assert call(site, "cancel", "-w", "pc9").exit_code == 2
+        for empty in ("", "pc1!pc1"):
+            assert "no nodes named" in call(site, "cancel", "-w", empty).stderr
         assert call(site, "cancel", "-w", "pc2").stdout == "deployment 1: pc2 given up\n"
         assert store.deployment(number).ended_ms is None
         call(site, "cancel")
