@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.database import Database
+from common.errors import Code, KaError
 from kaboot.model import Assignment, Machine, Step
 
 __all__ = ["Event", "MachineRow", "Store"]
@@ -232,13 +233,18 @@ class Store:
             return True
 
     def forget(self, names: Sequence[str]) -> list[str]:
-        """Undo learning, by node or MAC, and forget the machine; return the MACs forgotten."""
+        """Undo learning, by node or MAC, and forget the machine; return the MACs forgotten.
+
+        Raises USAGE for a name of which nothing is known, and forgets none then.
+        """
         forgotten: list[str] = []
         with self._db.transaction():
             for name in names:
                 rows = self._db.rows(
                     "DELETE FROM machine WHERE node = ? OR mac = ? RETURNING mac", (name, name)
                 )
+                if not rows:
+                    raise KaError(Code.USAGE, f"nothing was learned of {name[:80]}")
                 forgotten += [mac for (mac,) in rows]
         return forgotten
 

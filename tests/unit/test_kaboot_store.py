@@ -106,6 +106,8 @@ def test_a_name_is_learned_once_and_its_events_get_the_name(path: Path) -> None:
         assert store.learned() == {MAC: "pc1"}
         assert store.queue() == ["pc2"]
         assert [event.stage for event in store.events(node="pc1")] == ["script", "learned"]
+        with pytest.raises(KaError, match="nothing was learned of pc2"):
+            store.forget(["pc1", "pc2"])
         assert store.forget(["pc1"]) == [MAC]
         assert store.learned() == {}
 
