@@ -1,7 +1,7 @@
 """Recording: a directory or a device becomes an image file.
 
 The image appears under its name when it is whole, with its checksum as `env.yaml` wants it.  A tar
-of a running system leaves out what is mounted below it and what is of this boot alone.
+of a running system leaves out what is mounted below it, what is of this boot alone, and itself.
 
 Blocking.
 """
@@ -34,10 +34,17 @@ _TAR = (
 )  # fmt: skip
 
 
-def command(kind: str, source: str, filesystem: str) -> list[str]:
-    """Return the words that write an image of *source* to standard output."""
+def command(kind: str, source: str, filesystem: str, own: Sequence[Path] = ()) -> list[str]:
+    """Return the words that write an image of *source* to standard output.
+
+    *own*: files of ours, which are no part of it.
+    """
     if kind == "tar":
-        return [*_TAR, f"--directory={source}", "."]
+        place = Path(source).resolve()
+        found = [one.resolve() for one in own]
+        inside = [one.relative_to(place) for one in found if one.is_relative_to(place)]
+        without = [f"--exclude=./{one}" for one in inside]
+        return [*_TAR, "--anchored", "--no-wildcards", *without, f"--directory={source}", "."]
     if kind == "raw":
         return ["cat", source]
     name = f"partclone.{filesystem}"
@@ -56,10 +63,13 @@ def record(
     """Capture an image, by *prefix* on another machine; yield what was made."""
     if not source.startswith("/"):
         raise KaError(Code.USAGE, f"not an absolute path: {source}")
-    words = command(kind, source, filesystem)
-    if prefix:
-        words = [*prefix, shlex.join(words)]
+    if destination.exists() and not destination.is_file():
+        raise KaError(Code.USAGE, f"{destination} is there, and is not a file")
     draft = destination.with_name(f".{destination.name}.part")
+    if prefix:
+        words = [*prefix, shlex.join(command(kind, source, filesystem))]
+    else:
+        words = command(kind, source, filesystem, (destination, draft))
     digest = hashlib.sha256()
     size = 0
     try:

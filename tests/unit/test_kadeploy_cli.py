@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -193,6 +195,28 @@ def test_to_go_on_with_what_has_ended_does_not_end_it_again(site: Path) -> None:
         store.end(number, 2)
         assert call(site, "run", "--resume").exit_code == 0
         assert store.deployment(number).ended_ms == 2
+
+
+def test_an_image_of_a_tree_that_it_lies_in_holds_all_but_itself(tmp_path: Path) -> None:
+    root = tmp_path / "golden"
+    for name in ("etc/passwd", "tmp/scratch", "images/root[1].tar", "images/root1.tar"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("old")
+    image = root / "images/root[1].tar"
+    result = call(tmp_path, "record", "--compression", "none", str(root), str(image))
+    assert (result.exit_code, result.stderr) == (0, "")
+    with tarfile.open(image) as archive:
+        names = [member.name for member in archive if member.isfile()]
+    assert names == ["./etc/passwd", "./images/root1.tar"]
+
+
+def test_a_device_is_not_replaced_by_an_image(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = call(tmp_path, "record", str(tmp_path), str(pipe))
+    assert result.exit_code == 2
+    assert result.stderr == f"kadeploy: {pipe} is there, and is not a file\n"
+    assert pipe.is_fifo()
 
 
 def test_a_token_is_shown_once_listed_without_it_and_revoked(site: Path) -> None:
