@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import TypeVar
@@ -264,7 +264,10 @@ class InventoryFile:
 
 def load(path: Path) -> model.Inventory:
     """Return the inventory in a file; raises KaError USAGE, one line."""
-    return config.load(path, InventoryFile).made()
+    made = config.load(path, InventoryFile).made()
+    directory = path.absolute().parent
+    places = (str(directory / place) for place in astuple(made.site.loaders))
+    return replace(made, site=replace(made.site, loaders=model.Loaders(*places)))
 
 
 def mark(path: Path) -> str:

@@ -29,6 +29,16 @@ def test_a_file_becomes_nodes_profiles_and_a_site(tmp_path: Path) -> None:
     assert made.site.url == "http://10.78.0.1:8069"
 
 
+def test_every_path_is_relative_to_the_file_wherever_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_site(tmp_path, f'{INVENTORY}\n[loaders]\nipxe_bios = "own/undionly.kpxe"\n')
+    monkeypatch.chdir("/")
+    site = inventory.load(tmp_path / "kaboot.toml").site
+    assert site.loaders.ipxe_bios == str(tmp_path / "own/undionly.kpxe")
+    assert site.files == str(tmp_path / "files")
+
+
 @pytest.mark.parametrize(
     ("before", "after", "complaint"),
     [
