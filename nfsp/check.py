@@ -12,6 +12,7 @@ import trio
 from common.errors import Code, KaError
 from common.link import Link
 from common.session import Identity
+from common.sizes import format_size
 from nfsp import keys, wire
 from nfsp.config import ClusterConfig
 from nfsp.fsck.chunks import ChunkFile
@@ -149,7 +150,19 @@ def lay_out(report: Report) -> str:
     if report.omitted:
         lines.append(f"... and {report.omitted} more")
     lines += [f"not checked: {line}" for line in report.unchecked]
-    counts = ", ".join(f"{count} {name}" for name, count in sorted(report.counts.items()))
+    counts = _in_words(report.counts)
     verdict = "clean" if not report.exit_code else f"{len(report.results)} findings"
     lines.append(f"checked {counts}: {verdict}" if counts else verdict)
     return "\n".join(lines)
+
+
+def _in_words(counts: Mapping[str, int]) -> str:
+    """Return what was counted, that of all iods together."""
+    words = [
+        f"{count:,} {name}" for name, count in sorted(counts.items()) if not name.startswith("iod")
+    ]
+    files = [count for name, count in counts.items() if name.endswith("_chunk_files")]
+    if files:
+        size = sum(count for name, count in counts.items() if name.endswith("_bytes"))
+        words.append(f"{sum(files):,} chunk files of {format_size(size)} on {len(files)} iods")
+    return ", ".join(words)

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from common import codec
 from common.errors import EXIT_DAMAGED, EXIT_UNREACHABLE, Code, KaError
 from nfsp import keys
-from nfsp.fsck.findings import EXIT_LEFTOVERS, Outcome, Severity
+from nfsp.check import lay_out
+from nfsp.fsck.findings import EXIT_LEFTOVERS, Outcome, Report, Severity
 from nfsp.fsck.table import REG, SortedInts, Table
 from nfsp.model import FILE_SIZE_MAX, ROOT, ClusterMap, Inode, Layout, Remains
 from tests.support.fsck_cluster import SESSION, Cluster
@@ -44,6 +45,15 @@ def test_consistent_file_system_is_clean() -> None:
     assert report.exit_code == 0
     assert report.counts["inodes"] == 9
     assert report.counts["iod1_chunk_files"] > 0
+
+
+def test_a_report_for_people_counts_what_all_iods_have_together() -> None:
+    report = Report(counts={
+        "entries": 1234, "iod1_chunk_files": 1000, "iod1_bytes": 1 << 20,
+        "iod12_chunk_files": 5, "iod12_bytes": 1 << 19, "inodes": 1,
+    })  # fmt: skip
+    told = "checked 1,234 entries, 1 inodes, 1,005 chunk files of 1.5MiB on 2 iods: clean"
+    assert lay_out(report) == told
 
 
 def test_file_system_with_work_going_on_is_clean() -> None:
