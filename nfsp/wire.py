@@ -351,7 +351,7 @@ class SnapshotOpen(NamedTuple):
 
 @MDS.message(63)
 class SnapshotScan(NamedTuple):
-    """Read raw records from `start` on -> `RecordsReply`."""
+    """Read raw records from `start` on, those that fit -> `RecordsReply`."""
 
     start: bytes
     end: bytes

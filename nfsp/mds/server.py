@@ -46,6 +46,10 @@ EXPIRE_COUNT = 200
 """Records in one batch while a session is taken apart: keeps the others' wait short."""
 ROOM_PATIENCE_S = 10.0
 SNAPSHOT_COUNT_MAX = 5000
+SNAPSHOT_SIZE_MAX = 1 << 20
+"""Of records in one answer; an extended attribute alone has up to 64 KiB."""
+SCAN_COUNT = 32
+"""Records read at once, since what does not fit is read again."""
 
 _log = log.get("nfsp.mds")
 _requests = counter("nfsp_mds_requests_total", "Requests served", "operation")
@@ -456,8 +460,8 @@ class MdsServer:
         if snapshot is None:
             raise KaError(Code.EBADF, "no snapshot is open on this connection")
         count = max(1, min(m.count_max, SNAPSHOT_COUNT_MAX))
-        records = snapshot.scan(m.start, m.end, count)
-        return Reply(wire.MDS.encode(wire.RecordsReply(list(records))))
+        records = _page(snapshot, m.start, m.end, count)
+        return Reply(wire.MDS.encode(wire.RecordsReply(records)))
 
     def _snapshot_close(self, connection: Connection, m: wire.SnapshotClose) -> Reply:
         self._drop_snapshot(connection)
@@ -478,6 +482,26 @@ class MdsServer:
         await self._engine.wait_durable(self.apply(writes))
         self._upkeep.wake()
         return _DONE
+
+
+def _page(
+    snapshot: Snapshot, start: bytes, end: bytes, count_max: int
+) -> list[tuple[bytes, bytes]]:
+    """Return the first records, one at least, that fit into an answer."""
+    page: list[tuple[bytes, bytes]] = []
+    size = 0
+    while len(page) < count_max:
+        asked = min(SCAN_COUNT, count_max - len(page))
+        records = snapshot.scan(start, end, asked)
+        for key, value in records:
+            size += len(key) + len(value)
+            if page and size > SNAPSHOT_SIZE_MAX:
+                return page
+            page.append((key, value))
+        if len(records) < asked:
+            break
+        start = keys.after(page[-1][0])
+    return page
 
 
 def _opens(items: list[Any]) -> list[tuple[int, int, bool]]:

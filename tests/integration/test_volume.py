@@ -20,9 +20,10 @@ import pytest
 import trio
 
 from common.errors import Code, KaError
+from common.framing import BODY_SIZE_MAX
 from nfsp import status, wire
 from nfsp.client.volume import Volume
-from nfsp.model import ROOT
+from nfsp.model import ROOT, XATTR_VALUE_SIZE_MAX
 from tests.conftest import TOKEN
 from tests.support.running import CHUNK_SIZE, Cluster, wait_until
 from tests.support.volumes import (
@@ -164,6 +165,18 @@ async def test_statfs_sums_the_iods_and_counts_inodes(cluster: Cluster) -> None:
 
 
 # ---------------------------------------------------------------- open and unlinked
+
+
+async def test_fsck_reads_more_records_than_one_answer_can_hold(cluster: Cluster) -> None:
+    async with opened(cluster) as volume:
+        handle, inode = await make(volume, fresh(), b"")
+        for number in range(2 * BODY_SIZE_MAX // XATTR_VALUE_SIZE_MAX):
+            value = bytes(XATTR_VALUE_SIZE_MAX)
+            await volume.setxattr(inode.ino, b"user.%d" % number, value)
+        await volume.release(handle)
+    report = await threaded(cluster.fsck)
+    assert not report.results
+    assert not report.unchecked
 
 
 async def test_an_unlinked_file_lives_until_its_last_close(cluster: Cluster) -> None:
