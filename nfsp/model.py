@@ -56,7 +56,8 @@ FILE_SIZE_MAX = (1 << 63) - 1
 COLUMN_SIZE_MAX = 15 << 40
 """Bytes of one column of a file: with their sums they fit into the 16 TiB of an ext4 file."""
 COOKIE_MAX = (1 << 63) - 1
-TIME_NS_MAX = (1 << 63) - 1
+TIME_NS_MIN, TIME_NS_MAX = -(1 << 63), (1 << 63) - 1
+"""From 1677 to 2262."""
 CLOCK_GRAIN_NS = 20_000_000
 """No kernel's tick is longer than 10 ms."""
 ID_MAX = (1 << 32) - 1

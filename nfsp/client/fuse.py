@@ -26,7 +26,7 @@ from common.transport import buffers
 from nfsp import wire
 from nfsp.client.files import Handle
 from nfsp.client.volume import DirEntry, Volume
-from nfsp.model import NAME_SIZE_MAX, Inode
+from nfsp.model import NAME_SIZE_MAX, TIME_NS_MAX, TIME_NS_MIN, Inode
 
 __all__ = ["FuseAdapter", "mount"]
 
@@ -132,8 +132,8 @@ class FuseAdapter(pyfuse3.Operations):
             uid=attr.st_uid if fields.update_uid else 0,
             gid=attr.st_gid if fields.update_gid else 0,
             size=attr.st_size if fields.update_size else 0,
-            atime_ns=attr.st_atime_ns if fields.update_atime else 0,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else 0,
+            atime_ns=_storable(attr.st_atime_ns) if fields.update_atime else 0,
+            mtime_ns=_storable(attr.st_mtime_ns) if fields.update_mtime else 0,
         )
         return self._entry(changed)
 
@@ -360,6 +360,11 @@ class FuseAdapter(pyfuse3.Operations):
         entry.st_ctime_ns = inode.ctime_ns
         entry.st_birthtime_ns = inode.btime_ns
         return entry
+
+
+def _storable(time_ns: int) -> int:
+    """Return the nearest time that can be stored, as Linux's own file systems do."""
+    return min(max(time_ns, TIME_NS_MIN), TIME_NS_MAX)
 
 
 def check_mountpoint(path: str) -> None:

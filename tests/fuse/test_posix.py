@@ -218,6 +218,14 @@ def test_times_are_kept_to_the_nanosecond(root: Path) -> None:
     assert (root / "link").lstat().st_mtime_ns == 8
 
 
+def test_of_a_time_that_cannot_be_stored_the_nearest_is(root: Path) -> None:
+    file = _file(root / "file")
+    for time_s, nearest_ns in ((10**11, 2**63 - 1), (2**62, 2**63 - 1), (-(10**11), -(2**63))):
+        os.utime(file, (5, time_s))
+        status = file.stat()
+        assert (status.st_atime_ns, status.st_mtime_ns) == (5 * 10**9, nearest_ns)
+
+
 def test_nothing_gets_older_by_being_changed(root: Path) -> None:
     file = root / "file"
     last = 0
