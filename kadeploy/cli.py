@@ -269,6 +269,7 @@ def run(
     A run that was killed goes on with --resume.
     """
     found = settings.load(config)
+    begun = trio.Event()
 
     def tell(_: Sequence[NodeState], records: Sequence[StepRecord]) -> None:
         for one in records:
@@ -288,8 +289,16 @@ def run(
             click.echo("all nodes have it")
             return
         on_change = None if as_json else tell
-        work = partial(running.carry_out, store, found, number, release=True, on_change=on_change)
-        states = trio.run(work)
+        work = partial(
+            running.carry_out, store, found, number, release=True, on_begun=begun.set,
+            on_change=on_change,
+        )  # fmt: skip
+        try:
+            states = trio.run(work)
+        except KaError:
+            if not resume and not begun.is_set():
+                store.withdraw(number)  # as the server does
+            raise
     _print(
         {"deployment": number, "nodes": views.node_dicts(states)},
         views.verdict_lines(number, states),

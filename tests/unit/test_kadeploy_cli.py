@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from common.errors import Code, KaError
 from kadeploy.cli import kadeploy
 from kadeploy.orders import TOKEN_PATH
 from kadeploy.store import Store
@@ -134,6 +136,23 @@ def test_what_cannot_be_done_is_refused_before_it_begins(
     result = call(site, *words)
     assert result.exit_code == code
     assert said in result.stderr
+    with Store.open(site / "state/kadeploy.db") as store:
+        assert store.deployments() == []
+
+
+def test_a_run_that_another_was_quicker_than_leaves_no_trace(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+
+    def require_free(store: Store, names: Sequence[str], but: int = 0) -> None:
+        if but:  # between `begin` and the head's own look
+            raise KaError(Code.BUSY, "pc1 is being deployed by 7")
+
+    monkeypatch.setattr(Store, "require_free", require_free)
+    words = ["-c", str(site / "kadeploy.toml"), "run", "-w", "pc1", "debian12"]
+    result = CliRunner().invoke(kadeploy, words)
+    assert str(result.exception) == "pc1 is being deployed by 7"
     with Store.open(site / "state/kadeploy.db") as store:
         assert store.deployments() == []
 
