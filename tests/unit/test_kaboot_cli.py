@@ -190,6 +190,15 @@ def test_the_public_face_assigns_and_follows_events(tmp_path: Path) -> None:
         assert control.nodes()[0].assignment == face.Assignment(face.Step.INSTALL)
 
 
+def test_what_has_been_done_is_no_failure_when_nobody_can_hear_of_it(tmp_path: Path) -> None:
+    path, _ = write_site(tmp_path)
+    program = "from kaboot.cli import main; main()"
+    words = [sys.executable, "-c", program, "-c", str(path), "set", "pc1", "rescue"]
+    closed = ["sh", "-c", '"$@" >&-', "sh", *words]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_serve_takes_as_many_connections_as_the_hard_limit_allows(kaboot: Kaboot) -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1] // 2, limits[1]))
