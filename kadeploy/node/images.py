@@ -290,7 +290,7 @@ class _TarReader(threading.Thread):
         try:
             with tarfile.open(fileobj=self._stream, mode="r|") as archive:
                 for info in archive:
-                    name = os.path.normpath(info.name)
+                    name = os.path.normpath(info.name).lstrip("/")  # as tar unpacks it
                     if not info.isreg():
                         self.members.pop(name, None)
                         continue

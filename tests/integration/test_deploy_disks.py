@@ -205,6 +205,21 @@ def test_deploy_raw_writes_zeros_too_and_reads_back(tmp_path: Path) -> None:
         assert Node(tmp_path).do(small, packed)["code"] == Code.ENOSPC.number
 
 
+def test_deploy_tar_of_absolute_names_is_read_back_from_the_new_system(tmp_path: Path) -> None:
+    golden = tmp_path / "golden"
+    golden.mkdir()
+    (golden / "file").write_text("golden")
+    words = ["tar", "--create", "--absolute-names", str(golden)]
+    data = subprocess.run(words, check=True, capture_output=True).stdout
+    (golden / "file").write_text("of this host, at the same place")
+    with planned(tmp_path, data) as (node, plan):
+        node.do_all(plan.prepare)
+        answer = node.do(plan.images[0].order, data)
+        assert answer.get("verified") == "read-back", answer
+        with looking_into(plan.images[0].order.place, tmp_path) as root:
+            assert (root / str(golden).lstrip("/") / "file").read_text() == "golden"
+
+
 def test_deploy_onto_a_full_file_system_names_the_cause(tmp_path: Path, archive: bytes) -> None:
     with planned(tmp_path, archive) as (node, plan):
         node.do_all(plan.prepare)
