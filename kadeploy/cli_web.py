@@ -15,6 +15,8 @@ from kadeploy.tokens import Tokens
 __all__ = ["serve", "token"]
 
 DAY_MS = 24 * 3600 * 1000
+DAYS_MAX = 36_500
+"""A time that no reader of the file takes would make all tokens void."""
 
 
 @click.command("serve", epilog="Example: kadeploy --log-level info serve")
@@ -36,7 +38,8 @@ def token() -> None:
 @click.argument("user")
 @click.option("--nodes", required=True, help=f"A node set; {ALL_NODES} for all.")
 @click.option("--rights", required=True, help="view, or deploy, which includes it.")
-@click.option("--days", type=click.IntRange(1), help="How long it is valid.  [default: for ever]")
+@click.option("--days", type=click.IntRange(1, DAYS_MAX),
+              help="How long it is valid.  [default: for ever]")  # fmt: skip
 @click.pass_obj
 def token_add(config: Path, user: str, nodes: str, rights: str, days: int | None) -> None:
     """Make a token for USER and print it, this once."""
