@@ -342,18 +342,23 @@ def status(config: Path, number: int | None, as_json: bool) -> None:
 
 @kadeploy.command("history", epilog="Example: kadeploy history; kadeploy history 12 -w pc3")
 @click.argument("number", type=int, required=False)
-@click.option("-w", "node", metavar="NODE", help="Of this node only.")
+@click.option("-w", "node", metavar="NODE", help="Of this node only; with NUMBER.")
 @_json
 @click.pass_obj
 def history(config: Path, number: int | None, node: str | None, as_json: bool) -> None:
     """List deployments; with NUMBER, every try of every step."""
     with Store.open(settings.load(config).store) as store:
         if number is None:
+            if node is not None:
+                raise KaError(Code.USAGE, "-w NODE goes with NUMBER: see `kadeploy history`")
             rows = store.deployments()
             _print([asdict(row) for row in rows], [views.deployment_line(one) for one in rows],
                    as_json)  # fmt: skip
             return
-        tries = store.history(store.deployment(number).id, node)
+        row = store.deployment(number)
+        if node is not None and node not in {one.name for one in store.nodes(row.id)}:
+            raise KaError(Code.USAGE, f"no node {node[:80]!r} in deployment {number}")
+        tries = store.history(row.id, node)
     _print([asdict(one) for one in tries], [views.try_line(one) for one in tries], as_json)
 
 

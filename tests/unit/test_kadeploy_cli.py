@@ -18,7 +18,7 @@ from common.errors import Code, KaError
 from kadeploy.cli import kadeploy
 from kadeploy.orders import TOKEN_PATH
 from kadeploy.store import Store
-from kadeploy.workflow import NodeState, Status
+from kadeploy.workflow import NodeState, Status, StepRecord
 from tests.support import deploy
 
 ROOT = Path(__file__).parents[2]
@@ -171,6 +171,23 @@ def test_status_names_every_failure_with_its_reason(site: Path) -> None:
     assert "1 debian12 3" in call(site, "history").stdout
 
 
+def test_the_history_of_a_node_is_asked_for_with_its_deployment(site: Path) -> None:
+    call(site, "env", "add", str(site / "env.yaml"))
+    with Store.open(site / "state/kadeploy.db") as store:
+        number = store.begin(store.environment("debian12"), {}, ["pc1", "pc2"], 0)
+        record = StepRecord("pc2", "BootNewEnv", "reboot", "restart", 0, 0, 1, True, "")
+        store.save(number, [], [record], 1)
+    assert "pc2 BootNewEnv reboot/restart" in call(site, "history", "1", "-w", "pc2").stdout
+    assert call(site, "history", "1", "-w", "pc1").stdout == ""
+    for words, said in (
+        (["-w", "pc1"], "-w NODE goes with NUMBER"),
+        (["1", "-w", "pc[1-2]"], "no node 'pc[1-2]' in deployment 1"),
+    ):
+        result = call(site, "history", *words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert said in result.stderr
+
+
 def test_cancel_gives_up_what_no_head_carries_out(site: Path) -> None:
     call(site, "env", "add", str(site / "env.yaml"))
     with Store.open(site / "state/kadeploy.db") as store:
@@ -254,3 +271,6 @@ def test_a_token_is_shown_once_listed_without_it_and_revoked(site: Path) -> None
     wrong = call(site, "token", "add", "alice", "--nodes", "pc1", "--rights", "root")
     assert wrong.exit_code == 2
     assert "no right 'root'" in wrong.stderr
+    for_ever = ["--nodes", "pc1", "--rights", "view", "--days", "9" * 20]
+    assert "not in the range" in call(site, "token", "add", "bob", *for_ever).stderr
+    assert call(site, "token", "list").exit_code == 0
