@@ -60,7 +60,8 @@ class Control:
         made = not store_path(inventory).exists()
         try:
             state.mkdir(mode=0o755, parents=True, exist_ok=True)
-            strange = made and any(state.iterdir())
+            # In this order: the first file that another command makes there is the store.
+            strange = any(state.iterdir()) and not store_path(inventory).exists()
         except OSError as error:
             raise KaError(Code.USAGE, f"{state}: cannot make it: {error.strerror}") from None
         if strange:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -197,6 +198,20 @@ def test_what_has_been_done_is_no_failure_when_nobody_can_hear_of_it(tmp_path: P
     closed = ["sh", "-c", '"$@" >&-', "sh", *words]
     done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_two_commands_may_be_the_first(
+    kaboot: Kaboot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = write_site(tmp_path)
+    mkdir = Path.mkdir
+
+    def another_is_quicker(directory: Path, *words: Any, **named: Any) -> None:
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        face.Control.open(path).close()
+
+    monkeypatch.setattr(Path, "mkdir", another_is_quicker)
+    assert kaboot("set", "pc1", "rescue") == (0, "pc1: rescue\n", "")
 
 
 def test_serve_takes_as_many_connections_as_the_hard_limit_allows(kaboot: Kaboot) -> None:
