@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -68,6 +69,7 @@ UNWANTED = (
 MERGED_USR = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
 """From the start: else a package does it, and brings all of Perl with it."""
 HOST_KEY = "etc/ssh/ssh_host_ed25519_key"
+_PUBLIC_KEY = re.compile(r"(?:^|\s)(?:ssh|ecdsa|sk)-[a-z0-9@.-]+ AAAA[A-Za-z0-9+/=]+(?:\s|$)")
 
 # The kernel is unpacked, not installed: its scripts would make an initramfs that nobody wants.  A
 # meta-package names the kernel that it stands for; a versioned one names none.
@@ -141,6 +143,8 @@ class Request:
 
 def make_environment(request: Request) -> Iterator[str]:
     """Make everything in the request's directory; yield what was made.  Raises KaError."""
+    for key in request.keys:
+        _require_public(key)
     for program in ("mmdebstrap", "cpio", "ssh-keygen", "zstd"):
         if shutil.which(program) is None:
             raise KaError(Code.USAGE, f"{program} is not installed")
@@ -154,6 +158,16 @@ def make_environment(request: Request) -> Iterator[str]:
         _run(_bootstrap_words(request, root, hook))
         yield from pack_root(root, request.directory)
     yield from make_site(request.directory, request.keys)
+
+
+def _require_public(text: str) -> None:
+    """Raise USAGE unless this is what sshd takes from a file of public keys.
+
+    A private key, which lies beside it, would be served to anybody.
+    """
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    if not lines or not all(_PUBLIC_KEY.search(line) for line in lines):
+        raise KaError(Code.USAGE, "--key: not a public key of OpenSSH (ssh-ed25519 AAAA...)")
 
 
 def _bootstrap_words(request: Request, root: Path, hook: Path) -> list[str]:

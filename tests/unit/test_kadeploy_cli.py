@@ -233,6 +233,30 @@ def test_to_go_on_with_what_has_ended_does_not_end_it_again(site: Path) -> None:
         assert store.deployment(number).ended_ms == 2
 
 
+def test_a_private_key_is_not_put_into_what_everybody_can_fetch(tmp_path: Path) -> None:
+    path = tmp_path / "id_ed25519"
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)]
+    subprocess.run(keygen, check=True)
+    (tmp_path / "empty").touch()
+    for key in (path, tmp_path / "empty"):
+        result = call(tmp_path, "mkenv", str(tmp_path / "deploy"), "--key", str(key))
+        assert result.exit_code == 2
+        assert "not a public key of OpenSSH" in result.stderr
+    for kind in ("ed25519", "rsa", "ecdsa"):
+        again = [*keygen[:3], kind, *keygen[4:-1], str(tmp_path / kind)]
+        subprocess.run(again, check=True)
+        public = f'from="10.0.0.1" {(tmp_path / f"{kind}.pub").read_text()}'
+        (tmp_path / "keys").write_text(f"# of the head\n{public}")
+        environment = {"PATH": "/nowhere"}  # what comes next is refused in its turn
+        program = "from kadeploy.cli import main; main()"
+        words = ["mkenv", str(tmp_path / "deploy"), "--key", str(tmp_path / "keys")]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stderr == "kadeploy: mmdebstrap is not installed\n"
+
+
 def test_an_image_of_a_tree_that_it_lies_in_holds_all_but_itself(tmp_path: Path) -> None:
     root = tmp_path / "golden"
     for name in ("etc/passwd", "tmp/scratch", "images/root[1].tar", "images/root1.tar"):
