@@ -24,8 +24,7 @@ def run(group: click.Group, name: str) -> NoReturn:
     try:
         # Without standalone mode click returns the code of an Exit instead of raising it.
         code = group(standalone_mode=False, prog_name=name) or 0
-        if sys.stdout is not None:  # it was closed before we began: `>&-`
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)

@@ -10,11 +10,14 @@ from importlib import import_module
 from signal import SIG_DFL, SIGINT, default_int_handler, getsignal, signal
 from typing import NoReturn
 
+from common.standard import fill_closed
+
 __all__ = ["command"]
 
 
 def command(module: str) -> NoReturn:
     """Load *module* and call its `main`, which exits."""
+    fill_closed()
     is_heeded = getsignal(SIGINT) is default_int_handler  # else it is ignored: a shell's `&`
     if is_heeded:
         signal(SIGINT, SIG_DFL)

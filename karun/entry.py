@@ -19,6 +19,10 @@ def main() -> None:
     if words[:2] == ["run", "--session"] and len(words) > 3 and not {"-h", "--help"} & {*words}:
         from karun import client
 
+        if None in (sys.stdin, sys.stdout, sys.stderr):  # else there is nothing to load for this
+            from common.standard import fill_closed
+
+            fill_closed()
         os._exit(client.main(words[2], words[3:]))  # nothing is left to be written, or ended
     from common.starting import command
 

@@ -109,3 +109,33 @@ def test_an_interrupt_leaves_no_traceback_even_while_the_command_line_loads(
         process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == b""
     assert process.returncode == code
+
+
+CAREFUL = """
+import sys
+
+def main():
+    with open(sys.argv[1], "w") as file:
+        print("said")
+        print("also", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        file.write(f"kept {sys.stdin.read()!r}")
+    sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_nothing_is_printed_into_files_where_standard_output_is_closed(
+    closed: str, tmp_path: Path
+) -> None:
+    (tmp_path / "careful.py").write_text(CAREFUL)
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from common.starting import command;"
+        "command('careful')"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path / "kept")]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *words], stdin=subprocess.DEVNULL, timeout=60
+    )
+    assert done.returncode == 7
+    assert (tmp_path / "kept").read_text() == "kept ''"

@@ -193,7 +193,7 @@ def test_the_public_face_assigns_and_follows_events(tmp_path: Path) -> None:
 
 def test_what_has_been_done_is_no_failure_when_nobody_can_hear_of_it(tmp_path: Path) -> None:
     path, _ = write_site(tmp_path)
-    program = "from kaboot.cli import main; main()"
+    program = "from common.starting import command; command('kaboot.cli')"
     words = [sys.executable, "-c", program, "-c", str(path), "set", "pc1", "rescue"]
     closed = ["sh", "-c", '"$@" >&-', "sh", *words]
     done = subprocess.run(closed, stderr=subprocess.PIPE, text=True)
