@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import trio
 
 from common.errors import Code, KaError, first_error
+from common.signals import ending
 from karun import api, nodes
 from karun.connectors import WINDOWS, Connector
 from karun.crew import Crew
@@ -241,10 +242,10 @@ async def _draw(progress: Progress) -> None:
 async def _interruptions(progress: Progress, scope: trio.CancelScope) -> None:
     started = trio.current_time()
     last = -AGAIN_S
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(*ending()) as signals:
         async for number in signals:
             now = trio.current_time()
-            if number == signal.SIGTERM or not sys.stderr.isatty() or now - last < AGAIN_S:
+            if number != signal.SIGINT or not sys.stderr.isatty() or now - last < AGAIN_S:
                 scope.cancel()
                 return
             last = now

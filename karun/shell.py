@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import os
 import select
+import signal
+import sys
 import threading
 from collections.abc import Sequence
 from time import monotonic
+from typing import NoReturn
 
 import trio
 
 from common.errors import KaError, first_error
+from common.signals import ending
 from karun.crew import Crew
 from karun.lines import STDERR
 from karun.nodes import Names
@@ -40,12 +44,20 @@ STDIN = 0
 def main(where: Where | InSession) -> int:
     """Obey the prompt until its end; return the exit code of the last command."""
     settings = Settings(tuple(where.names()))
+    for number in ending():
+        if number != signal.SIGINT:
+            signal.signal(number, _end)
     with _Nodes(where) as held:
         held.begin(_Job(settings.nodes))  # they are called while the first line is typed
         if not os.isatty(STDIN):
             return loop(settings, held.run, read=lambda _prompt: input())
         with with_history(history_file()):
             return loop(settings, held.run, read=ask)
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    """Leave the prompt, and with it the nodes, whatever it is at."""
+    sys.exit(EXIT_INTERRUPTED)
 
 
 class _Job:

@@ -19,6 +19,7 @@ import trio
 
 from common import cli, log
 from common.errors import Code, KaError
+from common.signals import ending
 from nfsp import check, mounting, status
 from nfsp import export as nfs
 from nfsp.config import load_cluster
@@ -89,8 +90,8 @@ def up(
     if mds_count != 1:
         raise KaError(Code.USAGE, "one metadata server is supported: --mds 1")
     host = OneHost(directory)
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in ending():
+        signal.signal(number, _interrupt)
     host.create(iods)
     before = host.running()
     is_up = False
@@ -118,8 +119,8 @@ def up(
 
 def _interrupt(number: int, frame: object) -> NoReturn:
     """End what we are doing; the clean-up that follows is not to be interrupted again."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for ignored in ending():
+        signal.signal(ignored, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -25,7 +25,7 @@ import trio
 
 from common import log
 from common.errors import Code, KaError, first_error
-from common.signals import on_signal
+from common.signals import ending, on_signal
 
 __all__ = ["PidFile", "drop_privileges", "run_until_signal", "spawn", "stop"]
 
@@ -105,7 +105,7 @@ def drop_privileges(user: str) -> None:
 def run_until_signal(
     work: Callable[[Callable[[], None]], Awaitable[None]], *, ready_fd: int | None
 ) -> None:
-    """Run `work(ready)` until it ends or SIGTERM or SIGINT asks for the end."""
+    """Run `work(ready)` until it ends or a signal asks for the end."""
     _keep_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = min(OPEN_FILES, hard)
@@ -190,12 +190,12 @@ def spawn(arguments: list[str], log_path: Path) -> int:
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait for the end of the block; in the main thread, that is."""
+    """Let what asks us to end wait for the end of the block; in the main thread, that is."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     caught: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = ending()
     before = [signal.signal(number, lambda number, frame: caught.append(number))
               for number in numbers]  # fmt: skip
     try:

@@ -170,6 +170,48 @@ def test_a_node_that_was_lost_is_called_again_by_the_next_command() -> None:
     assert "n1: n1 is back" in out.splitlines()
 
 
+def _runs(pid: str) -> bool:
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # a zombie has none
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("words", [("run",), ("shell",)])
+def test_a_closed_terminal_or_a_kill_ends_what_runs_on_nodes(
+    words: tuple[str, ...], number: signal.Signals, tmp_path: Path
+) -> None:
+    line = f"echo $$ >{tmp_path}/$KARUN_NODE; exec sleep 60"
+    whole = [*words, "--via", "local", "-w", "n[1-2]", *([line] if words == ("run",) else [])]
+    files = [tmp_path / "n1", tmp_path / "n2"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "karun.entry", *whole],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, bufsize=0,
+    ) as running:  # fmt: skip
+        assert running.stdin is not None
+        if words == ("shell",):
+            running.stdin.write(line.encode() + b"\n")
+        wait_until(lambda: all(one.exists() and one.read_text() for one in files), "the commands")
+        running.send_signal(number)
+        assert running.wait(30) == 130
+    # Left to themselves, nodes end what they run ten seconds after they have lost their head.
+    commands = [file.read_text().strip() for file in files]
+    wait_until(lambda: not any(_runs(one) for one in commands), "their end", limit_s=5)
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        ["nohup", sys.executable, "-m", "karun.entry", "run", "--via", "local", "-w", "n1",
+         f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/go ]; do sleep 0.05; done"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until((tmp_path / "begun").exists, "the command")
+    running.send_signal(signal.SIGHUP)
+    (tmp_path / "go").touch()
+    assert running.wait(30) == 0
+
+
 # ---------------------------------------------------------------- run
 
 

@@ -51,7 +51,7 @@ def nothing_is_left(base: Path) -> None:
     assert not leaks.mounts_below(base)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_at_any_moment_of_the_start_leaves_nothing(base: Path, number: int) -> None:
     """The moments: at what has been said or has appeared so far, and a little later."""
     here = base / "c"
