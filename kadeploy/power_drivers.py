@@ -31,6 +31,9 @@ from kadeploy.power import PowerAction
 __all__ = ["power"]
 
 CALL_S = 30.0
+CALLS_MAX = 256
+"""At once: each has a thread or a process."""
+_limit: trio.lowlevel.RunVar[trio.CapacityLimiter] = trio.lowlevel.RunVar("power calls")
 IPMI_PORT = 623
 WAKE_PORT = 9
 PASSWORD_SIZE_MAX = 1024
@@ -51,19 +54,32 @@ _REDFISH = {
 
 async def power(spec: PowerSpec, node: str, action: PowerAction) -> str:
     """Do one action; return the state after it as far as the driver tells."""
-    with trio.move_on_after(CALL_S):
-        if spec.driver is PowerDriver.COMMAND:
-            return await _command(spec, node, action)
-        if spec.driver is PowerDriver.SSH:
-            return await _ssh(spec, action)
-        call = {
-            PowerDriver.IPMI: _ipmi,
-            PowerDriver.REDFISH: _redfish,
-            PowerDriver.WAKE: _wake,
-        }[spec.driver]
-        work = functools.partial(call, spec, action)
-        return await trio.to_thread.run_sync(work, abandon_on_cancel=True)
+    async with _calls():
+        with trio.move_on_after(CALL_S):
+            if spec.driver is PowerDriver.COMMAND:
+                return await _command(spec, node, action)
+            if spec.driver is PowerDriver.SSH:
+                return await _ssh(spec, action)
+            call = {
+                PowerDriver.IPMI: _ipmi,
+                PowerDriver.REDFISH: _redfish,
+                PowerDriver.WAKE: _wake,
+            }[spec.driver]
+            work = functools.partial(call, spec, action)
+            # A thread of its own: those of all others may be waiting for dead controllers.
+            own = trio.CapacityLimiter(1)
+            return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=own)
     raise KaError(Code.TIMEOUT, f"{node}: {spec.driver.value} does not answer")
+
+
+def _calls() -> trio.CapacityLimiter:
+    """Return what bounds the calls of this process; who waits for a place loses no time by it."""
+    try:
+        return _limit.get()
+    except LookupError:
+        made = trio.CapacityLimiter(CALLS_MAX)
+        _limit.set(made)
+        return made
 
 
 def _password(spec: PowerSpec) -> str:

@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from common.errors import KaError
 from kadeploy.nodes import NodeSpec, PowerDriver, PowerSpec
@@ -84,6 +86,24 @@ async def test_a_controller_that_answers_nonsense_is_one_line(answer: bytes) -> 
             await power(PowerSpec(PowerDriver.REDFISH, url), "pc1", PowerAction.STATUS)
         thread.join()
     assert "\n" not in str(caught.value)
+
+
+async def test_controllers_that_do_not_answer_do_not_keep_the_others_from_it() -> None:
+    alive = PowerSpec(PowerDriver.COMMAND, command=("echo", "on"))
+    threaded = PowerSpec(PowerDriver.REDFISH, "redfish, but not a URL")
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as dead:
+        url = f"http://127.0.0.1:{dead.getsockname()[1]}/redfish/v1/Systems/1"
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for number in range(50):
+                    spec = PowerSpec(PowerDriver.REDFISH, url)
+                    nursery.start_soon(power, spec, f"pc{number}", PowerAction.STATUS)
+                await trio.testing.wait_all_tasks_blocked()
+                assert await power(alive, "pc98", PowerAction.STATUS) == "on"
+                with pytest.raises(KaError, match="must be a URL"):
+                    await power(threaded, "pc99", PowerAction.STATUS)
+                assert await trio.to_thread.run_sync(lambda: "done") == "done"
+                nursery.cancel_scope.cancel()
 
 
 async def test_a_controller_that_sends_half_a_packet_is_one_line() -> None:
