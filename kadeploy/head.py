@@ -49,7 +49,7 @@ class Steps(Protocol):
     """Carries out micro-steps on nodes."""
 
     async def run(self, step: MicroStep, nodes: Sequence[str], report: Report) -> None:
-        """Do a step to nodes; report each, or raise KaError for all not yet reported.
+        """Do a step to nodes; report each, or raise for all not yet reported: KaError, or a bug.
 
         Cancelled when the time is over: what was begun on a node must be safe to begin again.
         """
@@ -186,6 +186,9 @@ class Head:
             except KaError as error:
                 fault = str(error)
                 final = action.step.refusal_is_final and error.code is Code.USAGE
+            except Exception as error:  # a bug, which must not end what goes on elsewhere
+                _logger.error("step.broken", step=action.step.name, exc_info=error)
+                fault = f"internal error: {error!r:.200}"
         if running.scope.cancelled_caught:
             fault = "cancelled"
         for node in list(left):

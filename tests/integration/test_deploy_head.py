@@ -84,6 +84,29 @@ async def test_three_hundred_nodes_are_deployed_by_the_rules(
     assert cpu_s < 60
 
 
+class Buggy(MockNodes):
+    """Trips over one node."""
+
+    async def run(self, step: MicroStep, nodes: Sequence[str], report: Report) -> None:
+        if step.name == "prepare-disks" and name_of(3) in nodes:
+            raise ValueError("what it says makes no sense to us")
+        await super().run(step, nodes, report)
+
+
+async def test_a_bug_that_one_node_brings_out_fails_that_node_alone(
+    autojump_clock: MockClock, tmp_path: Path
+) -> None:
+    with Store.open(tmp_path / "store.db") as store:
+        number = begin(store, 6)
+        deployment = Deployment(workflow(STEP_S), store.nodes(number))
+        await Head(store, number, deployment, Buggy(STEP_S)).run()
+        states = {node.name: node for node in store.nodes(number)}
+    failed = {name for name, node in states.items() if node.status is not Status.DEPLOYED}
+    assert failed == {name_of(3)}
+    reason = "prepare-disks: internal error: ValueError('what it says makes no sense to us')"
+    assert states[name_of(3)].reason == reason
+
+
 def test_a_deployment_goes_on_where_a_killed_head_left_it(tmp_path: Path) -> None:
     path = tmp_path / "store.db"
     command = [sys.executable, "-m", "tests.support.deploy_mock", str(path), "60", "0.15"]
