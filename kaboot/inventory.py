@@ -45,6 +45,8 @@ E = TypeVar("E", model.Mode, model.Firmware, model.Arch, model.Loader, model.Ste
 _NFSROOT = re.compile(r"([0-9.]{7,15}):(/[A-Za-z0-9_.+~@/-]*)", re.ASCII)
 _ABSOLUTE = re.compile(r"(?:/[A-Za-z0-9_.+~@-]+)+", re.ASCII)
 _OPTIONS = re.compile(r"[A-Za-z0-9_.=,:-]*", re.ASCII)
+_OTHERWISE = re.compile(r"[0-9]+[smhdw]?|ignore|infinite", re.ASCII)
+"""What dnsmasq takes for something else where it expects a machine's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,12 @@ class NodeTable:
 
     def made(self) -> model.Node:
         name = check_label(self.name, "a node's name")
+        if _OTHERWISE.fullmatch(name):
+            raise KaError(
+                Code.USAGE,
+                f"not a node's name: {name!r} (in its file of hosts dnsmasq takes it for a time"
+                " or an order)",
+            )
         macs = tuple(parse_mac(text) for text in self.macs)
         if len(set(macs)) < len(macs):
             raise KaError(Code.USAGE, f"node {name}: a MAC occurs twice")
