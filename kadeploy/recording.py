@@ -101,9 +101,10 @@ def record(
     finally:
         draft.unlink(missing_ok=True)
     yield f"{destination}: {format_size(size)}"
+    note = "  # of a whole disk: disk: DISK" if kind == "raw" else ""
     yield (
         f"- {{file: {destination.name}, kind: {kind}, compression: {compression},"
-        f' checksum: "sha256:{digest.hexdigest()}", partition: PARTITION}}'
+        f' checksum: "sha256:{digest.hexdigest()}", partition: PARTITION}}{note}'
     )
 
 
