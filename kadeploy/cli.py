@@ -278,6 +278,10 @@ def run(
     with Store.open(found.store) as store:
         number: int | None
         if resume:
+            if any((nodes, environment, version, missing, breakpoints)):
+                raise KaError(
+                    Code.USAGE, "--resume goes on with the last deployment as it was begun: alone"
+                )
             number = store.deployment().id
         elif nodes is None or environment is None:
             raise KaError(Code.USAGE, "run needs -w NODES and ENVIRONMENT, or --resume")

@@ -223,6 +223,20 @@ def test_a_deployment_goes_on_with_the_steps_it_was_begun_with_or_not_at_all(sit
     assert call(site, "cancel").exit_code == 0
 
 
+@pytest.mark.parametrize(
+    "more", [("-w", "pc1"), ("debian12",), ("--missing",), ("--breakpoint", "boot-deployment")]
+)
+def test_to_go_on_takes_nothing_that_would_not_count(site: Path, more: tuple[str, ...]) -> None:
+    """Who names other nodes does not mean those of the last deployment."""
+    call(site, "env", "add", str(site / "env.yaml"))
+    with Store.open(site / "state/kadeploy.db") as store:
+        store.begin(store.environment("debian12"), {}, ["pc2"], 0)
+        refused = call(site, "run", "--resume", *more)
+        assert (refused.exit_code, refused.stdout) == (2, "")
+        assert "--resume goes on with the last deployment as it was begun" in refused.stderr
+        assert not store.history(1)
+
+
 def test_to_go_on_with_what_has_ended_does_not_end_it_again(site: Path) -> None:
     call(site, "env", "add", str(site / "env.yaml"))
     with Store.open(site / "state/kadeploy.db") as store:
