@@ -178,6 +178,8 @@ def _scalar(value: object, kind: Any, key: str, place: _Place) -> object:
     if kind is Path:
         if type(value) is not str or not value or "\0" in value:
             raise _wrong(value, "a path", key, place)
+        if value.startswith("~"):
+            raise place.error(f"{key!r}: ~ means nothing here: write the directory")
         return place.directory / value
     assert kind in _WORDS, f"{key}: a configuration cannot hold {kind}"
     number: Any = value

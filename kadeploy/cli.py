@@ -231,7 +231,7 @@ async def _plans(
             else:
                 address = spec.address.partition("/")[0] or name
                 # It may run any system: the deployment environment's host key is not asked for.
-                options = replace(found.ssh, known_hosts="")
+                options = replace(found.ssh, known_hosts=None)
                 plans[name] = await plan_for(target, spec, SshLink(address, options))
         except KaError as error:
             faults[name] = str(error)
@@ -452,7 +452,7 @@ def record(
     if node is not None:
         found = settings.load(config)
         spec = descriptions.read_nodes(found.nodes).get(node)
-        options = replace(found.ssh, known_hosts="")
+        options = replace(found.ssh, known_hosts=None)
         prefix = options.words(spec.address.partition("/")[0] or node, environment=False)
     captured = recording.record(
         kind,

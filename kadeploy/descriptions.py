@@ -9,6 +9,7 @@ Not here: what the keys mean (environment.py, nodes.py).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from common import config
 from common.errors import Code, KaError
 from kadeploy.environment import Environment
-from kadeploy.nodes import Nodes
+from kadeploy.nodes import Nodes, NodeSpec
 
 __all__ = ["parse_environment", "read_environment", "read_facts", "read_nodes", "read_text"]
 
@@ -109,5 +110,18 @@ def read_facts(path: Path) -> dict[str, Any]:
 
 
 def read_nodes(path: Path) -> Nodes:
-    """Return the nodes described in a file; raises KaError USAGE."""
-    return config.check(_parse(read_text(path), path), Nodes, path)
+    """Return the nodes described in a file; raises KaError USAGE.
+
+    Files with passwords are relative to it, as all that a configuration names.
+    """
+    found = config.check(_parse(read_text(path), path), Nodes, path)
+    directory = path.absolute().parent
+    return replace(found, nodes=tuple(_placed(node, directory) for node in found.nodes))
+
+
+def _placed(node: NodeSpec, directory: Path) -> NodeSpec:
+    power = tuple(
+        replace(one, password_file=str(directory / one.password_file)) if one.password_file else one
+        for one in node.power
+    )
+    return replace(node, power=power)

@@ -62,10 +62,10 @@ class Link(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SshOptions:
-    key: str = ""
+    key: Path | None = None
     port: int = 22
-    config: str = ""
-    known_hosts: str = ""
+    config: Path | None = None
+    known_hosts: Path | None = None
     """Of the deployment environment, under the name `kadeploy-environment`."""
     wrapper: tuple[str, ...] = ()
     """Words before `ssh`: a network namespace, a jump."""
@@ -83,14 +83,14 @@ class SshOptions:
         if environment and self.known_hosts:
             options |= {
                 "HostKeyAlias": "kadeploy-environment",
-                "UserKnownHostsFile": self.known_hosts,
+                "UserKnownHostsFile": str(self.known_hosts),
                 "StrictHostKeyChecking": "yes",
             }
         else:
             options |= {"UserKnownHostsFile": "/dev/null", "StrictHostKeyChecking": "no"}
         words = [*self.wrapper, "ssh", "-p", str(self.port)]
-        words += ["-F", self.config] if self.config else []
-        words += ["-i", self.key, "-o", "IdentitiesOnly=yes"] if self.key else []
+        words += ["-F", str(self.config)] if self.config else []
+        words += ["-i", str(self.key), "-o", "IdentitiesOnly=yes"] if self.key else []
         for name, value in options.items():
             words += ["-o", f"{name}={value}"]
         return [*words, f"root@{address}", "--"]

@@ -120,6 +120,9 @@ def test_paths_are_relative_to_the_file_not_to_the_process(
         disk: list[Disk]
 
     assert load(Path("cluster.toml"), Disks).disk[0].path == tmp_path / "d"
+    write(tmp_path, '[[disk]]\npath = "~/d"')
+    with pytest.raises(KaError, match="'path': ~ means nothing here: write the directory"):
+        load(Path("cluster.toml"), Disks)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ import pytest
 from click.testing import CliRunner
 
 from common.errors import Code, KaError
+from kadeploy import settings
 from kadeploy.cli import kadeploy
+from kadeploy.descriptions import read_nodes
 from kadeploy.orders import TOKEN_PATH
 from kadeploy.store import Store
 from kadeploy.workflow import NodeState, Status, StepRecord
@@ -235,6 +237,18 @@ def test_to_go_on_takes_nothing_that_would_not_count(site: Path, more: tuple[str
         assert (refused.exit_code, refused.stdout) == (2, "")
         assert "--resume goes on with the last deployment as it was begun" in refused.stderr
         assert not store.history(1)
+
+
+def test_every_path_of_a_file_is_relative_to_it(tmp_path: Path) -> None:
+    """The server's directory is /, that of who types a command his own."""
+    config, nodes = tmp_path / "kadeploy.toml", tmp_path / "nodes.yaml"
+    config.write_text('[ssh]\nkey = "id"\nknown_hosts = "hosts"\nconfig = "/etc/ssh_config"\n')
+    power = "{driver: ipmi, address: bmc, password_file: secret/bmc}"
+    nodes.write_text(f"nodes: [{{name: pc1, power: [{power}]}}]")
+    options = settings.load(config).ssh
+    assert (options.key, options.known_hosts) == (tmp_path / "id", tmp_path / "hosts")
+    assert options.config == Path("/etc/ssh_config")
+    assert read_nodes(nodes).nodes[0].power[0].password_file == str(tmp_path / "secret/bmc")
 
 
 def test_to_go_on_with_what_has_ended_does_not_end_it_again(site: Path) -> None:
