@@ -104,9 +104,9 @@ def up(
         if detach:
             click.echo(f"the cluster runs; `nfsp down {directory}` stops it")
             return
+        is_up = True  # before it is said: Ctrl-C may follow at once
         click.echo(f"export NFSP_CLUSTER={host.config_path}")
         click.echo("the cluster runs; Ctrl-C stops it")
-        is_up = True
         _watch(host)
     except BaseException as error:
         if is_up and isinstance(error, KeyboardInterrupt):

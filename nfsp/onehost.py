@@ -21,7 +21,7 @@ from common.config import make_key
 from common.errors import Code, KaError
 from nfsp.config import load_cluster
 from nfsp.mds.daemon import mkfs
-from nfsp.process import PidFile, spawn, stop
+from nfsp.process import PidFile, signals_held, spawn, stop
 
 __all__ = ["OneHost"]
 
@@ -67,7 +67,8 @@ class OneHost:
                 if not any(mds.data.iterdir()):
                     mds.data.rmdir()
             try:
-                trio.run(partial(mkfs, config, mds, uid=os.getuid(), gid=os.getgid()))
+                with signals_held():  # trio does not stand exceptions out of handlers
+                    trio.run(partial(mkfs, config, mds, uid=os.getuid(), gid=os.getgid()))
             except KaError as error:
                 if error.code is not Code.EEXIST or not is_begun:
                     raise

@@ -152,7 +152,7 @@ def spawn(arguments: list[str], log_path: Path) -> int:
     reader, writer = os.pipe()
     process: subprocess.Popen[bytes] | None = None
     try:
-        with open(log_path, "ab") as sink, _signals_held():
+        with open(log_path, "ab") as sink, signals_held():
             start = sink.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "nfsp", *arguments, "--ready-fd", str(writer)],
@@ -189,7 +189,7 @@ def spawn(arguments: list[str], log_path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _signals_held() -> Iterator[None]:
+def signals_held() -> Iterator[None]:
     """Let what asks us to end wait for the end of the block; in the main thread, that is."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -95,6 +95,32 @@ def test_a_start_that_fails_after_its_mount_takes_that_away_as_well(base: Path) 
     nothing_is_left(base)
 
 
+INTERRUPTED_IN_TRIO = """
+import os, signal, sys, trio
+from nfsp import cli, onehost
+
+def interrupt(_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return trio.lowlevel.Abort.SUCCEEDED
+
+async def mkfs(*words, **more):
+    with trio.move_on_after(0):
+        await trio.lowlevel.wait_task_rescheduled(interrupt)  # comes while trio itself is at work
+
+onehost.mkfs = mkfs
+cli.main()
+"""
+
+
+def test_an_interrupt_of_mkfs_has_no_traceback(base: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IN_TRIO, "up", base / "c"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.strip()) == (130, "nfsp: interrupted")
+    nothing_is_left(base)
+
+
 def test_an_interrupted_start_leaves_what_ran_before(base: Path) -> None:
     assert nfsp("up", base / "c", "--iods", "2", "--daemon").returncode == 0
     before = processes(base)
