@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kaboot import Control, Event
-from tests.support.emulator import EMULATOR
 
 __all__ = ["ADDRESS", "FOREIGN", "FOREIGN_MAC", "ROOT", "Lab", "Vm", "lab", "lacking"]
 
@@ -148,7 +147,9 @@ class Lab:
         if "uefi" in options:  # OVMF's own network stack, not the card's ROM
             card += ",romfile="
         command = [
-            *EMULATOR, "-smp", "1", "-m", str(memory_mib), "-serial", f"file:{console}",
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1",
+            "-m", str(memory_mib), "-display", "none", "-no-reboot", "-monitor", "none",
+            "-serial", f"file:{console}",
             "-netdev", f"tap,id=n0,ifname={tap},script=no,downscript=no", "-device", card,
             *(option for option in options if option != "uefi"),
         ]  # fmt: skip

@@ -15,8 +15,6 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.emulator import EMULATOR
-
 __all__ = ["BootEntry", "Machine", "lacking"]
 
 CODE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
@@ -63,8 +61,9 @@ class Machine:
         self._starts += 1
         console = self._directory / f"console{self._starts}"
         command = [
-            *EMULATOR, "-smp", "2", "-m", str(memory_mib), "-machine", "q35",
-            "-serial", f"file:{console}", "-nic", "none",
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2",
+            "-m", str(memory_mib), "-machine", "q35", "-display", "none", "-no-reboot",
+            "-monitor", "none", "-serial", f"file:{console}", "-nic", "none",
             "-drive", f"if=pflash,format=raw,readonly=on,file={CODE}",
             "-drive", f"if=pflash,format=raw,file={self._vars}",
             "-drive", f"if=none,id=disk,format=raw,file={self._disk}",
